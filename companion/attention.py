@@ -1,0 +1,337 @@
+"""Scaled dot-product attention, multi-head attention and the key/value cache (Vaswani et al., 2017, §3.2).
+
+Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V, and MultiHead = Concat(head_1 … head_h) W^O with
+head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V). The h projections stand side by side in one matrix.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from companion._checks import check_features, check_floating, check_ids, check_positive, check_probability
+from companion.masks import causal_mask, check_mask, combine_masks
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(Q Kᵀ · scale) V, each query's weighted mean of the values.
+
+    A query that may attend to no key gets weights 0 and output 0, and no gradient flows through it.
+    Without `return_weights` PyTorch's fused kernel does the work and the (n_q, n_k) weights are never
+    stored; with it they are computed and returned, after dropout.
+
+    Args:
+        query: (..., n_q, d_k).
+        key: (..., n_k, d_k).
+        value: (..., n_k, d_v).
+        mask: bool, broadcastable to (..., n_q, n_k), True where a query may attend to a key.
+        causal: also forbid the keys after each query, the two sequences aligned at their ends
+            (PyTorch's `is_causal` aligns them at their beginnings).
+        scale: factor on the scores; 1/√d_k where it is None.
+        dropout: probability with which a weight is zeroed. The caller sets 0 outside training.
+        return_weights: also return the weights (..., n_q, n_k).
+
+    Returns: output (..., n_q, d_v), or the pair (output, weights).
+    """
+    _check_attention(query, key, value, mask, causal, dropout)
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    if causal and (mask is not None or return_weights or 1 < num_queries < num_keys):
+        mask = combine_masks(causal_mask(num_queries, num_keys, device=query.device), mask)
+        causal = False
+    alive = None  # (..., n_q, 1), whether a row has a key; None where every row has one
+    if mask is not None:
+        mask = torch.atleast_2d(mask)
+        alive = mask.any(-1, keepdim=True)
+        if _known_true(alive):
+            alive = None
+        else:
+            mask = mask | ~alive  # a row without keys is opened to all of them, then zeroed
+    if return_weights:
+        scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        weights = scores.softmax(-1).to(value.dtype)
+        if alive is not None:
+            weights = weights.masked_fill(~alive, 0.0)
+        weights = F.dropout(weights, dropout)
+        return weights @ value, weights
+    if num_queries == 1:  # one query at the end sees every key
+        causal = False
+    kernel = partial(
+        F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout
+    )
+    if _backward_is_slow(query, num_keys):
+        with torch.autocast("cpu", enabled=False):
+            output = kernel(query.float(), key.float(), value.float()).to(query.dtype)
+    else:
+        output = kernel(query, key, value)
+    return output if alive is None else output.masked_fill(~alive, 0.0)
+
+
+def _known_true(flags: Tensor) -> bool:
+    """Whether all are true, read only where reading costs nothing: on the CPU, outside torch.compile."""
+    return flags.device.type == "cpu" and not torch.compiler.is_compiling() and bool(flags.all())
+
+
+def _backward_is_slow(query: Tensor, num_keys: int) -> bool:
+    """Whether float32 is the quicker type: over short sequences PyTorch 2.13's CPU kernel takes up to six
+    times as long to differentiate attention in bfloat16."""
+    bfloat16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return bfloat16 and query.requires_grad and num_keys <= 128
+
+
+def _check_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
+) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, x)
+        if x.dim() < 2 or 0 in x.shape:
+            raise ValueError(f"{name} must be non-empty with shape (..., n, d), got {tuple(x.shape)}")
+        if x.dtype != query.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {x.dtype}")
+        if x.shape[:-2] != query.shape[:-2]:
+            raise ValueError(
+                f"{name} must have the query's leading sizes {tuple(query.shape[:-2])}, got {tuple(x.shape)}"
+            )
+    n_q, n_k = query.shape[-2], key.shape[-2]
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"key must have the query's d_k = {query.shape[-1]} as last size, got {tuple(key.shape)}"
+        )
+    if value.shape[-2] != n_k:
+        raise ValueError(f"value must have one row for each of the {n_k} keys, got {tuple(value.shape)}")
+    if causal and n_k < n_q:
+        raise ValueError(f"key must be at least as long as the query where causal, got {n_k} < {n_q}")
+    if mask is not None:
+        check_mask("mask", mask, (*query.shape[:-1], n_k))
+    check_probability("dropout", dropout)
+
+
+class KVCache:
+    """Keys and values of the positions already seen, in buffers that double when they are full.
+
+    Doubling makes the cost of appending one position constant on average, where concatenating a new
+    tensor at each step would copy the whole past each time. For inference: nothing is detached.
+
+    Shape: keys (batch, heads, length, d_k), values (batch, heads, length, d_v).
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of new positions; return views of all positions so far."""
+        for name, new, held in (("keys", keys, self._keys), ("values", values, self._values)):
+            check_floating(name, new)
+            if new.dim() != 4:
+                raise ValueError(f"{name} must have shape (batch, heads, n, d), got {tuple(new.shape)}")
+            if held is not None and (new.shape[:2], new.shape[3]) != (held.shape[:2], held.shape[3]):
+                raise ValueError(
+                    f"{name} must fit the cache's {tuple(held.shape)} but for length, got {tuple(new.shape)}"
+                )
+            if held is not None and new.dtype != held.dtype:
+                raise TypeError(f"{name} must have the cache's dtype {held.dtype}, got {new.dtype}")
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(f"values must agree with keys in (batch, heads, n), got {tuple(values.shape)}")
+        end = self.length + keys.shape[-2]
+        if self._keys is None or end > self._keys.shape[-2]:
+            self._keys = self._grown(self._keys, keys, end)
+            self._values = self._grown(self._values, values, end)
+        self._keys[..., self.length : end, :] = keys
+        self._values[..., self.length : end, :] = values
+        self.length = end
+        return self.view()
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """The keys and values of all positions so far."""
+        if self._keys is None:
+            raise ValueError("the cache is empty: append keys and values first")
+        return self._keys[..., : self.length, :], self._values[..., : self.length, :]
+
+    def reorder(self, indices: Tensor) -> None:
+        """Replace batch row i by row indices[i]: beam search keeps the caches of the beams that survive."""
+        if self._keys is not None:
+            check_ids("indices", indices, self._keys.shape[0], dims=1)
+            self._keys, self._values = self._keys[indices], self._values[indices]
+
+    def _grown(self, buffer: Tensor | None, new: Tensor, needed: int) -> Tensor:
+        capacity = max(needed, 16 if buffer is None else 2 * buffer.shape[-2])
+        grown = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
+        if buffer is not None:
+            grown[..., : self.length, :] = buffer[..., : self.length, :]
+        return grown
+
+
+class MultiHeadAttention(nn.Module):
+    """h attentions side by side, each on its own d_k-dimensional projections, joined by W^O.
+
+    Self-attention where `context` is None; cross-attention where it is another sequence, from which keys
+    and values are then projected. `torch.nn.MultiheadAttention` holds the same weights: its in_proj_weight
+    is query_proj, key_proj and value_proj stacked.
+
+    Args:
+        d_model: size of the input and output vectors.
+        num_heads: number of heads h; must divide d_model unless d_k and d_v are given.
+        d_k: size of a head's queries and keys; d_model / h where it is None.
+        d_v: size of a head's values; d_k's default where it is None.
+        d_context: size of the context's vectors; d_model where it is None.
+        bias: whether the four projections have a bias (the paper's formulas have none, PyTorch's have).
+        dropout: probability of zeroing an attention weight in training.
+
+    Shape: x (batch, n, d_model), context (batch, n_k, d_context) → (batch, n, d_model), and the weights
+    (batch, num_heads, n, n_k) where they are asked for.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        d_k: int | None = None,
+        d_v: int | None = None,
+        d_context: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        check_positive("d_model", d_model)
+        check_positive("num_heads", num_heads)
+        check_probability("dropout", dropout)
+        if (d_k is None or d_v is None) and d_model % num_heads:
+            raise ValueError(f"d_model must be divisible by num_heads = {num_heads}, got {d_model}")
+        self.d_model, self.num_heads, self.dropout = d_model, num_heads, dropout
+        self.d_k = d_model // num_heads if d_k is None else d_k
+        self.d_v = d_model // num_heads if d_v is None else d_v
+        self.d_context = d_model if d_context is None else d_context
+        for name in ("d_k", "d_v", "d_context"):
+            check_positive(name, getattr(self, name))
+        self.query_proj = nn.Linear(d_model, num_heads * self.d_k, bias=bias)
+        self.key_proj = nn.Linear(self.d_context, num_heads * self.d_k, bias=bias)
+        self.value_proj = nn.Linear(self.d_context, num_heads * self.d_v, bias=bias)
+        self.output_proj = nn.Linear(num_heads * self.d_v, d_model, bias=bias)
+        for projection in (self.query_proj, self.key_proj, self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            if bias:
+                nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        cache: KVCache | None = None,
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from x to the context, or to x itself.
+
+        Args:
+            mask: bool, broadcastable to (batch, num_heads, n, n_k), True where a query may attend.
+            causal: forbid the keys after each query.
+            cache: for decoding. In self-attention the keys and values of x are appended to it, and x
+                attends to all it holds. In cross-attention it is filled once from the context and then
+                reused: the context is not projected again.
+        """
+        self.check(x, context, mask, cache)
+        query = self._split(self.query_proj(x))  # (b, h, n, d_k)
+        if context is not None and cache is not None and cache.length:
+            key, value = cache.view()
+        else:
+            source = x if context is None else context
+            key = self._split(self.key_proj(source))  # (b, h, n_k, d_k)
+            value = self._split(self.value_proj(source))  # (b, h, n_k, d_v)
+            if cache is not None:
+                key, value = cache.append(key, value)
+        attended = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            mask,
+            causal=causal,
+            dropout=self.dropout if self.training else 0.0,
+            return_weights=return_weights,
+        )
+        if not return_weights:
+            return self.output_proj(attended.transpose(1, 2).flatten(2))
+        heads, weights = attended
+        return self.output_proj(heads.transpose(1, 2).flatten(2)), weights
+
+    def check(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        names: tuple[str, str] = ("context", "mask"),
+    ) -> None:
+        """Refuse what `forward` cannot use, before any work and before the cache is touched.
+
+        Args:
+            names: what the caller calls context and mask, for the error's text.
+        """
+        context_name, mask_name = names
+        check_features("x", x, self.d_model, dims=3)
+        past = 0 if cache is None else cache.length
+        if context is None:
+            if self.d_context != self.d_model:
+                raise ValueError(
+                    f"{context_name} must be given: keys are projected from d_context = {self.d_context}"
+                )
+            num_keys = past + x.shape[1]
+        else:
+            check_features(context_name, context, self.d_context, dims=3)
+            num_keys = context.shape[1]
+            if context.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"{context_name} must have x's batch size {x.shape[0]}, got {tuple(context.shape)}"
+                )
+            if past not in (0, num_keys):
+                raise ValueError(
+                    f"{context_name} must have the {past} vectors the cache was filled from, got {num_keys}"
+                )
+        if mask is not None:
+            check_mask(mask_name, mask, (x.shape[0], self.num_heads, x.shape[1], num_keys))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(batch, n, h · d) → (batch, h, n, d): head i owns columns i·d … (i+1)·d − 1."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+@contextmanager
+def record_attention(*modules: MultiHeadAttention) -> Iterator[list[Tensor]]:
+    """Collect the weights (batch, num_heads, n, n_k) of each call of the given modules inside the block.
+
+    The modules compute as before; each call is repeated with `return_weights=True`, so this is for looking
+    at a model without a cache, not for training it.
+    """
+    recorded: list[Tensor] = []
+
+    def record(module, args, kwargs, _output):
+        if kwargs.get("cache") is not None:
+            raise ValueError("cache must be None while attention is recorded: the call is made twice")
+        recorded.append(module.forward(*args, **{**kwargs, "return_weights": True})[1].detach())
+
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
