@@ -1,0 +1,1 @@
+"""Training: the loss, the optimizers, the schedule, the loop and its checkpoints."""
