@@ -1,0 +1,1 @@
+"""The companion's mechanisms beside the libraries, on the same work in one run (`make bench`)."""

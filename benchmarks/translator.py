@@ -1,0 +1,53 @@
+"""The translator's recipe with `torch.nn.Transformer` in the place of our Transformer.
+
+    python -m benchmarks.translator            hours on 2 cores; resumes where it was interrupted
+
+Both models are trained by `companion.translator.train_translator`: the same pairs, vocabulary, batches in the
+same order, optimizer, schedule and number of steps, and the last weights (no mean of checkpoints) translate
+the test split by the same beam search. Writes companion/weights/translator-comparison.json, which page Q-8
+reads.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from sacrebleu.metrics import BLEU, CHRF
+
+from benchmarks.peers import TorchTransformer
+from companion._io import atomic_write
+from companion.data.translation import load_pairs
+from companion.models.transformer import Transformer
+from companion.train.loop import local_device
+from companion.translator import CONFIG, MAX_WORDS, WEIGHTS, Translator, train_tokenizer, train_translator
+
+OUTPUT = WEIGHTS / "translator-comparison.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
+    options = parser.parse_args()
+    pairs, test = load_pairs(MAX_WORDS), load_pairs(max_words=20).test
+    tokenizer = train_tokenizer(pairs)
+    record = {"steps": options.steps, "segments": len(test), "torch": torch.__version__.split("+")[0]}
+    for name, build in (("companion", Transformer), ("torch.nn.Transformer", TorchTransformer)):
+        torch.manual_seed(0)
+        model = build(CONFIG).to(local_device())
+        folder = options.checkpoints / f"{name}-{options.steps}"
+        history = train_translator(model, tokenizer, pairs, folder, options.steps)
+        model = model.eval() if name == "companion" else model.to_companion().eval()
+        outputs = Translator(model, tokenizer).translate([pair.source for pair in test], progress=True)
+        references = [[pair.target for pair in test]]
+        record[name] = {
+            "bleu": round(BLEU().corpus_score(outputs, references).score, 2),
+            "chrf": round(CHRF().corpus_score(outputs, references).score, 2),
+            "validation_loss": round(history.evaluations[-1]["validation_loss"], 4),
+        }
+    atomic_write(OUTPUT, (json.dumps(record, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
