@@ -145,13 +145,13 @@ def beam_search(
         ]
         if len(going) < len(active):
             active = [active[row] for row in going]
+            if not active:
+                break
             index = torch.tensor(going, dtype=torch.long, device=device)
             ids, log_probs = ids[index], log_probs[index]
             flat_index = (index[:, None] * k + torch.arange(k, device=device)).flatten()
             memory, memory_mask = memory[flat_index], memory_mask[flat_index]
             cache.reorder(flat_index)
-        if not active:
-            break
 
     for row, sentence in enumerate(active):  # cut off at max_length
         for prefix, log_prob in zip(ids[row, :, 1:].tolist(), log_probs[row].tolist(), strict=True):
