@@ -338,7 +338,7 @@ def test_transformer(agree, dtype, variant, batch, n, m):
 def test_the_base_configuration_has_65_million_parameters(agree):
     with torch.device("meta"):  # sizes without memory
         mine = Transformer(TransformerConfig(vocab_size=37000))
-        judge = nn.Transformer(512, 8, 6, 6, 2048)
+        judge = nn.Transformer(512, 8, 6, 6, 2048, batch_first=True)
     count = sum(p.numel() for p in mine.parameters())
     norms = sum(p.numel() for stack in (judge.encoder, judge.decoder) for p in stack.norm.parameters())
     expected = 37000 * 512 + sum(p.numel() for p in judge.parameters()) - norms
@@ -355,6 +355,7 @@ def test_sharing_and_tying_decide_how_many_vocabulary_matrices_there_are():
     assert count(tie_output=False) - shared == 23 * 12
     assert count(target_vocab_size=19, tie_output=False) - shared == 2 * 19 * 12
     assert count(norm_first=True) - shared == count(final_norm=True) - shared == 2 * 2 * 12
+    assert count(norm_first=True, final_norm=False) == shared
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
