@@ -3,9 +3,8 @@
     python -m benchmarks.translator            hours on 2 cores; resumes where it was interrupted
 
 Both models are trained by `companion.translator.train_translator`: the same pairs, vocabulary, batches in the
-same order, optimizer, schedule and number of steps, and the last weights (no mean of checkpoints) translate
-the test split by the same beam search. Writes companion/weights/translator-comparison.json, which page Q-8
-reads.
+same order, optimizer, schedule and number of steps; the mean of the last checkpoints translates the test split
+by the same beam search. Writes companion/weights/translator-comparison.json, which page Q-8 reads.
 """
 
 import argparse
@@ -19,26 +18,37 @@ from benchmarks.peers import TorchTransformer
 from companion._io import atomic_write
 from companion.data.translation import load_pairs
 from companion.models.transformer import Transformer
+from companion.train.checkpoint import average_checkpoints
 from companion.train.loop import local_device
-from companion.translator import CONFIG, MAX_WORDS, WEIGHTS, Translator, train_tokenizer, train_translator
+from companion.translator import (
+    AVERAGED,
+    CONFIG,
+    MAX_WORDS,
+    STEPS,
+    WEIGHTS,
+    Translator,
+    train_tokenizer,
+    train_translator,
+)
 
 OUTPUT = WEIGHTS / "translator-comparison.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
     options = parser.parse_args()
     pairs, test = load_pairs(MAX_WORDS), load_pairs(max_words=20).test
     tokenizer = train_tokenizer(pairs)
     record = {"steps": options.steps, "segments": len(test), "torch": torch.__version__.split("+")[0]}
-    for name, build in (("companion", Transformer), ("torch.nn.Transformer", TorchTransformer)):
+    for name, build in (("translator", Transformer), ("torch.nn.Transformer", TorchTransformer)):
         torch.manual_seed(0)
         model = build(CONFIG).to(local_device())
-        folder = options.checkpoints / f"{name}-{options.steps}"
+        folder = options.checkpoints / name
         history = train_translator(model, tokenizer, pairs, folder, options.steps)
-        model = model.eval() if name == "companion" else model.to_companion().eval()
+        average_checkpoints(model, folder, AVERAGED)
+        model = model.eval() if build is Transformer else model.to_companion().eval()
         outputs = Translator(model, tokenizer).translate([pair.source for pair in test], progress=True)
         references = [[pair.target for pair in test]]
         record[name] = {
