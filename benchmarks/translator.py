@@ -3,8 +3,8 @@
     python -m benchmarks.translator            hours on 2 cores; resumes where it was interrupted
 
 Both models are trained by `companion.translator.train_translator`: the same pairs, vocabulary, batches in the
-same order, optimizer, schedule and number of steps; the mean of the last checkpoints translates the test split
-by the same beam search. Writes companion/weights/translator-comparison.json, which page Q-8 reads.
+same order, optimizer, schedule and number of steps; the mean of the last checkpoints translates the test
+split by the same beam search. Writes companion/weights/translator-comparison.json, which page Q-8 reads.
 """
 
 import argparse
