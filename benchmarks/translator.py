@@ -4,7 +4,8 @@
 
 Both models are trained by `companion.translator.train_translator`: the same pairs, vocabulary, batches in the
 same order, optimizer, schedule and number of steps; the mean of the last checkpoints translates the test
-split by the same beam search. Writes companion/weights/translator-comparison.json, which page Q-8 reads.
+split by the same beam search, and paired bootstrap resampling asks whether their BLEU differs by more than
+the choice of segments. Writes companion/weights/translator-comparison.json, which page Q-8 reads.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
 
 from benchmarks.peers import TorchTransformer
 from companion._io import atomic_write
@@ -41,6 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     pairs, test = load_pairs(MAX_WORDS), load_pairs(max_words=20).test
     tokenizer = train_tokenizer(pairs)
+    references, systems = [[pair.target for pair in test]], []
     record = {"steps": options.steps, "segments": len(test), "torch": torch.__version__.split("+")[0]}
     for name, build in (("translator", Transformer), ("torch.nn.Transformer", TorchTransformer)):
         torch.manual_seed(0)
@@ -50,12 +53,14 @@ def main() -> None:
         average_checkpoints(model, folder, AVERAGED)
         model = model.eval() if build is Transformer else model.to_companion().eval()
         outputs = Translator(model, tokenizer).translate([pair.source for pair in test], progress=True)
-        references = [[pair.target for pair in test]]
+        systems.append((name, outputs))
         record[name] = {
             "bleu": round(BLEU().corpus_score(outputs, references).score, 2),
             "chrf": round(CHRF().corpus_score(outputs, references).score, 2),
             "validation_loss": round(history.evaluations[-1]["validation_loss"], 4),
         }
+    bootstrap = PairedTest(systems, {"BLEU": BLEU()}, references, test_type="bs", n_samples=1000)
+    record["p_value"] = round(float(bootstrap()[1]["BLEU"][1].p_value), 3)
     atomic_write(OUTPUT, (json.dumps(record, indent=1) + "\n").encode())
 
 
