@@ -169,7 +169,7 @@ class Benchmarks(_Data):
                     (
                         row["name"],
                         row["work"],
-                        f"{row['peer']} {row['version']}".strip(),
+                        _peer(row),
                         f"**{row['ratio']:.2f}** ({row['low']:.2f}–{row['high']:.2f})",
                     )
                     for row in compared
@@ -188,6 +188,12 @@ class Benchmarks(_Data):
                     for row in grown
                 ),
             )
+
+
+def _peer(row: dict) -> str:
+    """Name, library and version; a whole dotted path would squeeze the other columns."""
+    library, _, path = row["peer"].partition(".")
+    return f"{path.rsplit('.', 1)[-1]} ({library} {row['version']})" if path else row["peer"]
 
 
 class QuestionMap(_Data):
