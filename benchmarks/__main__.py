@@ -28,11 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from tqdm import tqdm
 
-    from benchmarks.cases import ALL
+    from benchmarks import cases, retrieval
     from benchmarks.harness import Comparison, compare, grow
 
     torch.set_num_threads(1)
-    known = {case.__name__: case for case in ALL}
+    known = {case.__name__: case for case in (*cases.ALL, *retrieval.ALL)}
     if unknown := sorted(set(options.cases) - known.keys()):
         parser.error(f"no case {', '.join(unknown)}; the cases are {', '.join(known)}")
     rows: list[dict] = []

@@ -49,6 +49,19 @@ def _says_how(error) -> bool:
     return "\n" not in text and "make assets" in text and "toy-wheel==1.2.3" in text
 
 
+def test_a_folder_is_known_by_all_its_files(wheel, monkeypatch):
+    folder = wheel.parent
+    (folder / "more.bin").write_bytes(b"x")
+    digests = sorted(hashlib.sha256(content).hexdigest() for content in (CONTENT, b"x"))
+    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+    monkeypatch.setitem(ASSETS, "toy", Asset("toy==1", "toy_wheel_module", "data", digest, "public domain"))
+    assert asset_path("toy") == folder
+    for change in (lambda: (folder / "third.bin").write_bytes(b"y"), (folder / "more.bin").unlink):
+        change()
+        with pytest.raises(ValueError, match="sha256"):
+            asset_path("toy")
+
+
 def test_missing_file(wheel):
     wheel.unlink()
     with pytest.raises(FileNotFoundError) as error:
@@ -91,4 +104,4 @@ def test_every_asset_is_pinned_licensed_and_installed(name):
     assert asset.distribution.count("==") == 1
     assert asset.licence
     assert len(asset.sha256) == 64
-    assert asset_path(name).is_file()
+    assert asset_path(name).exists()

@@ -13,13 +13,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Asset:
-    """One file in one wheel.
+    """One file, or one folder of files, in one wheel.
 
     Attributes:
         distribution: the wheel and its version, as `pip install` takes it.
         module: the top-level module whose folder holds the file.
         file: the path below that folder.
-        sha256: of the file's bytes, in hexadecimal.
+        sha256: of the file's bytes, in hexadecimal; of a folder, of its files' digests in sorted order.
         licence: of the file, which need not be the licence of the wheel's code.
     """
 
@@ -80,6 +80,55 @@ ASSETS = {
         sha256="eb039321fca3dd961193251802424710b59fbd1df8a16067911191014f4ab732",
         licence="MIT",
     ),
+    "chinese-dialogues": Asset(
+        distribution="chatterbot-corpus==1.3.3",
+        module="chatterbot_corpus",
+        file="data/chinese",
+        sha256="e3d0861eb8f7348cbfc452965ed0bdaa7f5a033391fee53f33f511f9fb0b5e64",
+        licence="BSD",
+    ),
+    "chinese-words": Asset(
+        distribution="jieba==0.42.1",
+        module="jieba",
+        file="dict.txt",
+        sha256="7197c3211ddd98962b036cdf40324d1ea2bfaa12bd028e68faa70111a88e12a8",
+        licence="MIT",
+    ),
+    "countries": Asset(
+        distribution="countryinfo==1.0.1",
+        module="countryinfo",
+        file="data",
+        sha256="e6f3a3a7f8a6c59e4fe068d87f1376a4a0a2fdd5f73b2513295f8e7cba5d0750",
+        licence="MIT",
+    ),
+    "chat-money-english": Asset(
+        distribution="chatterbot-corpus==1.3.3",
+        module="chatterbot_corpus",
+        file="data/english/money.yml",
+        sha256="2911d9766625ff5c2feb3d784f2951b2ebd5e9658547efce7568d0282c49274b",
+        licence="BSD-3-Clause",
+    ),
+    "chat-money-chinese": Asset(
+        distribution="chatterbot-corpus==1.3.3",
+        module="chatterbot_corpus",
+        file="data/chinese/money.yml",
+        sha256="25b942878b8eed6fa3ef6a3cc3400323c5278dc37ee43c1ae31e818af6284574",
+        licence="BSD-3-Clause",
+    ),
+    "chat-movies-english": Asset(
+        distribution="chatterbot-corpus==1.3.3",
+        module="chatterbot_corpus",
+        file="data/english/movies.yml",
+        sha256="075ca9d91a527206c635c88bf0353323826a25a6f2057be1bc71888af389f842",
+        licence="BSD-3-Clause",
+    ),
+    "chat-movies-chinese": Asset(
+        distribution="chatterbot-corpus==1.3.3",
+        module="chatterbot_corpus",
+        file="data/chinese/movies.yml",
+        sha256="c047762ac4df1ce634efd00346c73076b1f66600f1e7fdabd6d96062eb8976df",
+        licence="BSD-3-Clause",
+    ),
 }
 
 _checked: dict[tuple[str, int, int], str] = {}  # (path, size, mtime in ns) → sha256
@@ -118,11 +167,14 @@ def _find(asset: Asset) -> Path | None:
     spec = importlib.util.find_spec(asset.module)
     folders = (spec.submodule_search_locations or ()) if spec else ()
     candidates = (Path(folder) / asset.file for folder in folders)
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if path.exists()), None)
 
 
 def _sha256(path: Path) -> str:
-    """The file's digest, read again only if its size or its time of change differs."""
+    """The digest of a file, read again only if its size or its time of change differs; or of a folder."""
+    if path.is_dir():
+        digests = sorted(_sha256(file) for file in path.iterdir() if file.is_file())
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
     status = path.stat()
     key = (str(path), status.st_size, status.st_mtime_ns)
     if key not in _checked:

@@ -165,8 +165,16 @@ def _fits(pair: Pair, max_words: int) -> bool:
     return max(pair.source.count(" "), pair.target.count(" ")) < max_words
 
 
-def _read(path: Path) -> list[Pair]:
-    """Every segment of the database, in the order of the text."""
+@cache
+def read_verses() -> dict[tuple[int, int, int], tuple[str, str]]:
+    """Every verse, cleaned: (book 1 … 66, chapter, verse) → its English and its French, in the text's order.
+
+    Raises as `load_pairs` does.
+    """
+    return _verses(asset_path("bible"))
+
+
+def _verses(path: Path) -> dict[tuple[int, int, int], tuple[str, str]]:
     try:
         address = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
         with closing(sqlite3.connect(address, uri=True)) as database:
@@ -175,12 +183,20 @@ def _read(path: Path) -> list[Pair]:
         raise ValueError(f"{path.name} is not a readable database of verses: {error}") from error
     if not rows:
         raise ValueError(f"{path.name} holds no verse in both translations")
-    return [
-        Pair(source, target, verse)
+    return {
+        verse: clean(english, french, verse)
         for *number, english, french in rows
         for verse in [tuple(number)]
         if verse not in MISNUMBERED
-        for source, target in segments(*clean(english, french, verse))
+    }
+
+
+def _read(path: Path) -> list[Pair]:
+    """Every segment of the database, in the order of the text."""
+    return [
+        Pair(source, target, verse)
+        for verse, texts in _verses(path).items()
+        for source, target in segments(*texts)
     ]
 
 
