@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_stream import CORPUS, alone, build, forced, unhurried
 
-from companion.chat import ChatML, ChatModel, ChatPiece, LocalChatModel, Message, ScriptedChatModel
+from companion.chat import (
+    ChatML,
+    ChatModel,
+    ChatPiece,
+    LocalChatModel,
+    Message,
+    Sampling,
+    ScriptedChatModel,
+)
 from companion.data.assets import asset_path
 from companion.generate import generate_text, temperature, top_p
 from companion.tokenizers import BPETokenizer
@@ -268,6 +276,8 @@ def test_a_script_stops_where_it_should(text, piece, stop):
         (HELLO, {"top_p": 0}, ValueError, r"top_p must lie in \(0, 1\], got 0"),
         (HELLO, {"seed": 0.5}, TypeError, "seed must be an int or None, got float"),
         (HELLO, {"stop": "end"}, TypeError, "stop must be a sequence of strings, got one str"),
+        (HELLO, {"log_probs": 1}, TypeError, "log_probs must be a bool, got int"),
+        (HELLO, {"top_k": 5}, TypeError, "unexpected keyword argument 'top_k'"),
     ],
 )
 def test_bad_calls_are_named(model, messages, options, error, match):
@@ -278,12 +288,24 @@ def test_bad_calls_are_named(model, messages, options, error, match):
         model.complete(messages, **options)
 
 
+def test_a_model_sees_checked_arguments_alone():
+    class Echo(ChatModel):
+        def answer(self, messages, sampling):
+            yield ChatPiece(f"{messages[-1].content} {sampling}", finish="stop")
+
+    wanted = Sampling(max_tokens=3, stop=("a", "b"))
+    assert Echo().complete(HELLO, max_tokens=3, stop=["a", "b"]) == f"{HELLO[-1].content} {wanted}"
+    with pytest.raises(TypeError, match="abstract"):
+        ChatModel()
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
         (lambda: Message("root", "hi"), ValueError, "role must be one of 'system', 'user', .* got 'root'"),
         (lambda: Message(f"user{END}", "hi"), ValueError, "role must be one of"),
         (lambda: Message("user", None), TypeError, "content must be a str, got NoneType"),
+        (lambda: Message("user", "\ud83d"), ValueError, r"content must be Unicode text, got .* U\+D83D"),
         (lambda: ChatML(TOKENIZER, end="<eos>"), ValueError, "end must be a special token .* got '<eos>'"),
         (lambda: ChatML(BPETokenizer([])), ValueError, "start must be a special token .* it has none"),
         (

@@ -1,0 +1,13 @@
+"""`python -m companion`: see companion.cli."""
+
+import sys
+
+try:
+    from companion.cli import app
+except ModuleNotFoundError as error:
+    if error.name not in ("typer", "rich"):
+        raise
+    sys.exit(f"The command line needs {error.name}: install the extra `app` (pip install '.[app]').")
+
+if __name__ == "__main__":
+    app(prog_name="python -m companion")
