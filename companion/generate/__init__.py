@@ -1,5 +1,6 @@
 """From a model's next-token probabilities to a sequence."""
 
+from companion.generate.constrain import Copying, OneOf
 from companion.generate.decoding import Hypothesis, beam_search, greedy_search, length_penalty
 from companion.generate.sampling import (
     generate,
@@ -22,7 +23,9 @@ from companion.generate.stream import (
 
 __all__ = [
     "Completion",
+    "Copying",
     "Hypothesis",
+    "OneOf",
     "Piece",
     "StopStrings",
     "StreamDecoder",
