@@ -36,13 +36,13 @@ KINDS = {
 """The endings of the files that are read (in either case), and what they hold."""
 
 MAX_ELEMENTS = 200_000
-"""Elements of an HTML file: each takes about a thousand bytes of memory, whatever few bytes wrote it."""
+"""Elements that an HTML file may have; each takes about a thousand bytes of memory, however few wrote it."""
 
 MAX_OPERATIONS = 5_000_000
-"""Operators in the pages of a PDF, and in the forms that pages repeat."""
+"""Operators that a PDF may have on its pages and in the forms that pages repeat."""
 
 MAX_SECONDS = 120
-"""Time for a PDF, looked at between operators: forms in forms can ask for more work than any count shows."""
+"""Time that a PDF may take, looked at between operators; forms within forms multiply what a count shows."""
 
 
 class DocumentError(ValueError):
@@ -99,8 +99,8 @@ def load(
 ) -> list[Document]:
     """The documents of a file or of a folder and the folders in it, sorted by id.
 
-    In a folder, names that begin with a dot are passed over. Other kinds of files and symbolic links, of
-    files and of folders, are not loaded either; a list given as `skipped` receives a `DocumentError` for each.
+    In a folder, names that begin with a dot are passed over. Files of other kinds and symbolic links, to
+    files or folders, are not loaded either; a list given as `skipped` receives a `DocumentError` for each.
 
     Args:
         path: a file of one of `KINDS`, or a folder.
@@ -257,9 +257,13 @@ def _check_encoding(encoding: str) -> None:
     if not isinstance(encoding, str):
         raise TypeError(f"encoding must be a str, got {type(encoding).__name__}")
     try:
-        b"".decode(encoding)
+        is_text = getattr(
+            codecs.lookup(encoding), "_is_text_encoding", True
+        )  # "zlib" is a codec, but of bytes
     except (LookupError, ValueError):
-        raise ValueError(f"encoding must be one that Python knows, got {encoding!r}") from None
+        is_text = False
+    if not is_text:
+        raise ValueError(f"encoding must be a text encoding that Python knows, got {encoding!r}")
 
 
 def _decode(data: bytes, encoding: str) -> str:

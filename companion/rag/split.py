@@ -3,6 +3,7 @@
 Every splitter tiles the text: passage after passage, each where the last ended or up to `overlap` before it,
 and text == document.text[start:end] to the character. Nothing is lost but white space that stands alone, and
 nothing stands twice but the overlap. A passage's id is its document's with its place, the same in every run.
+The text is cut by::
 
     characters    at most `size` characters, ended after a paragraph, a line or a word where one ends in time
     sentences     whole sentences, as many as `size` characters hold
@@ -100,7 +101,7 @@ def split_tokens(
     units: list[list[int]] = []  # [start, tokens] of runs of tokens that share no character
     end = 0
     for start, token_end in token_spans(document.text, tokenizer):
-        if units and start < end:
+        if units and (start < end or start == units[-1][0]):
             units[-1][1] += 1
         else:
             units.append([start, 1])
@@ -220,7 +221,7 @@ _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
 _ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*))?$")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 _RULE = re.compile(r" {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$")
-_CONTAINER = re.compile(r" {0,3}(?:[-*+](?:[ \t]|$)|\d{1,9}[.)](?:[ \t]|$)|[<>])")
+_CONTAINER = re.compile(r" {0,3}([-*+](?:[ \t]|$)|\d{1,9}[.)](?:[ \t]|$)|[<>])")
 
 
 def headings(text: str) -> list[tuple[int, int, str]]:
@@ -234,7 +235,8 @@ def headings(text: str) -> list[tuple[int, int, str]]:
     found: list[tuple[int, int, str]] = []
     fence = ""
     paragraph: list[str] = []
-    begin, is_open = 0, False  # of the paragraph; whether a list or quotation may go on
+    begin, is_open = 0, False  # of the paragraph; whether the lines of a list or quotation go on
+    margin = 0  # of what belongs to a list
     for match in re.finditer(r"[^\r\n]*(?:\r\n|\r|\n|\Z)", text):
         line = match.group().rstrip("\r\n")
         mark = _FENCE.match(line)
@@ -243,25 +245,28 @@ def headings(text: str) -> list[tuple[int, int, str]]:
                 fence = ""
         elif not line.strip():
             paragraph, is_open = [], False
+        elif margin and line.startswith(" " * margin):
+            is_open = True
         elif mark:
-            fence, paragraph, is_open = mark[1], [], False
+            fence, paragraph, is_open, margin = mark[1], [], False, 0
         elif atx := _ATX.match(line):
             title = (atx[2] or "").strip()
             shorter = title.rstrip("#")  # "# Title #"
             title = shorter.rstrip() if shorter.endswith((" ", "\t")) or not shorter else title
             found.append((match.start(), len(atx[1]), title))
-            paragraph, is_open = [], False
+            paragraph, is_open, margin = [], False, 0
         elif paragraph and (under := _UNDERLINE.match(line)):
             found.append((begin, 1 if under[1][0] == "=" else 2, " ".join(paragraph)))
             paragraph = []
         elif _RULE.match(line):
-            paragraph, is_open = [], False
-        elif _CONTAINER.match(line):
+            paragraph, is_open, margin = [], False, 0
+        elif container := _CONTAINER.match(line):
             paragraph, is_open = [], True
+            margin = 0 if container[1] in "<>" else len(container[0])
         elif paragraph:
             paragraph.append(line.strip())
         elif not is_open and not line.startswith(("    ", "\t")):
-            paragraph, begin = [line.strip()], match.start()
+            paragraph, begin, margin = [line.strip()], match.start(), 0
     return found
 
 
@@ -272,7 +277,8 @@ def token_spans(text: str, tokenizer: BPETokenizer | WordPieceTokenizer | Unigra
     """(start, end) in the text of each token of tokenizer.encode(text).
 
     A token that spells a part of a character has the whole character's span. What no token spells, such as
-    white space around a WordPiece, is in no span.
+    white space around a WordPiece, is in no span. The unigram model's "▁" alone has an empty one, where its
+    word begins.
 
     Raises ValueError if a byte-level vocabulary lacks bytes of the text.
     """
@@ -416,7 +422,9 @@ def _neighbours(vectors: object, count: int) -> np.ndarray:
 
 def _passages(document: Document, spans, extra: Mapping | None = None) -> list[Passage]:
     """Passages of the spans that hold more than white space."""
-    metadata = {key: value for key, value in document.metadata.items() if key != "page_starts"} | (extra or {})
+    metadata = {key: value for key, value in document.metadata.items() if key != "page_starts"} | (
+        extra or {}
+    )
     pages = document.metadata.get("page_starts")
     passages = []
     for start, end in spans:
