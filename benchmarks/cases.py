@@ -1,9 +1,11 @@
 """What is timed. Each function returns comparisons or growths; `small` makes them quick enough to try out."""
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from companion.position import RotaryEmbedding
 from companion.quantize.blocks import dequantise, quantise
 from companion.recurrent import GRU, LSTM
 from companion.tokenizers.bpe import BPETokenizer
+from companion.tokenizers.unigram import UnigramTokenizer
 from companion.train.loss import cross_entropy
 from companion.train.optim import Adam
 
@@ -379,6 +382,38 @@ def tokenizer(small: bool) -> Iterator[Comparison]:
         )
 
 
+def unigram(small: bool) -> Iterator[Comparison]:
+    """Training of a unigram vocabulary on the English–French pairs, one thread."""
+    import io
+
+    import sentencepiece
+
+    pieces, size = (300, 20_000) if small else (6_000, 1_000_000)
+    texts = _texts(size)
+
+    def train_peer() -> bytes:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=pieces,
+            model_type="unigram",
+            normalization_rule_name="identity",
+            num_threads=1,
+            minloglevel=2,
+        )
+        return model.getvalue()
+
+    yield Comparison(
+        "Unigram training",
+        f"{pieces:,} pieces on {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB",
+        "sentencepiece.SentencePieceTrainer",
+        lambda: lambda: UnigramTokenizer.train(texts, pieces),
+        lambda: train_peer,
+        at_most=4.5,
+    )
+
+
 def autograd(small: bool) -> Iterator[Comparison]:
     """A training step of a small language model over numpy arrays, beside the same model in PyTorch."""
     vocab, width, layers, heads, batch, length = (11, 8, 1, 2, 2, 5) if small else (65, 64, 2, 4, 16, 32)
@@ -562,6 +597,157 @@ def sentence_encoder(small: bool) -> Iterator[Comparison]:
     )
 
 
+def language_model(small: bool) -> Iterator[Comparison]:
+    """SmolLM2 from its GGUF file: loading, prefill, decoding, and decoding with weights kept quantised.
+
+    Reading half a gigabyte of float32 weights takes most of a token's time, and both libraries read them.
+    """
+    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers.utils import logging
+
+    from companion.data.assets import asset_path
+    from companion.models.llama import load_gguf
+
+    logging.disable_progress_bar()
+    tokens, prompts = (3, (4, 9)) if small else (16, (32, 2048))
+    with tempfile.TemporaryDirectory() as folder:
+        path = _small_gguf(Path(folder)) if small else asset_path("smollm2")
+
+        def load_theirs() -> nn.Module:  # their loader asks for accelerate, and uses it for devices alone
+            with mock.patch("transformers.modeling_utils.is_accelerate_available", lambda: True):
+                return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+
+        first = torch.arange(5)[None]
+        yield Comparison(
+            "From a GGUF file to the first token",
+            f"a file of {path.stat().st_size:,} bytes, 5 tokens of prompt, float32",
+            "transformers.AutoModelForCausalLM",
+            lambda: torch.no_grad()(lambda: load_gguf(path)(first)),
+            lambda: torch.no_grad()(lambda: load_theirs()(first)),
+            at_most=0.25,
+        )
+        mine, theirs = load_gguf(path), load_theirs()
+        kept = {kind: load_gguf(path, quantised=kind) for kind in ("int8", "blocks")}
+    size = sum(parameter.nbytes for parameter in mine.parameters())
+    weights = f"{size / 1e6:,.0f} MB of weights" if not small else f"{size:,} bytes of weights"
+
+    def decode(model: nn.Module, ids: Tensor) -> Callable:
+        """Greedy decoding of the tokens after ids, whose keys and values are cached, all but the last's."""
+        cache = model.new_cache(ids.shape[1] + tokens)
+        with torch.no_grad():
+            model.hidden(ids[:, :-1], cache=cache)
+
+        def setup() -> Callable:
+            own = copy.deepcopy(cache)
+
+            @torch.no_grad()
+            def run() -> None:
+                token = ids[:, -1:]
+                for _ in range(tokens):
+                    token = model(token, cache=own).argmax(-1)
+
+            return run
+
+        return setup
+
+    def decode_theirs(ids: Tensor) -> Callable:
+        cache = DynamicCache(config=theirs.config)
+        with torch.no_grad():
+            theirs(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+        options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return lambda: partial(
+            theirs.generate,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=copy.deepcopy(cache),
+            **options,
+        )
+
+    for length, at_most in zip(prompts, (1.05, 0.9), strict=True):
+        ids = torch.arange(length)[None] % 29 + 1
+        yield Comparison(
+            f"SmolLM2 decoding after {length:,} tokens",
+            f"{tokens} tokens, batch 1, float32, {weights}",
+            "transformers.LlamaForCausalLM",
+            decode(mine, ids),
+            decode_theirs(ids),
+            at_most=at_most,
+        )
+    ids = torch.arange(prompts[0])[None] % 29 + 1
+    flat = torch.ones(size // 4)
+    target = torch.empty_like(flat)
+    yield Comparison(
+        "SmolLM2 decoding beside a copy",
+        f"{tokens} tokens, and as many copies of {weights}: at 1.67 a token reads 60 % of a copy's bandwidth",
+        "torch.Tensor.copy_",
+        decode(mine, ids),
+        lambda: lambda: [target.copy_(flat) for _ in range(tokens)],
+        at_most=1 / 0.6,
+    )
+    for kind, model in kept.items():
+        share = sum(x.nbytes for x in [*model.parameters(), *model.buffers()]) / size
+        yield Comparison(
+            f"SmolLM2 decoding, {kind} kept",
+            f"{tokens} tokens after {prompts[0]}; its weights take {share:.0%} of float32's memory",
+            "the same model, its weights in float32",
+            decode(model, ids),
+            decode(mine, ids),
+        )
+    ids = torch.arange(8 if small else 512)[None] % 29 + 1
+
+    def prefill() -> Tensor:
+        return mine.logits(mine.hidden(ids, cache=mine.new_cache(ids.shape[1]))[:, -1])
+
+    yield Comparison(
+        "SmolLM2 prefill",
+        f"{ids.shape[1]} tokens into an empty cache, logits of the last one, float32",
+        "transformers.LlamaForCausalLM",
+        lambda: torch.no_grad()(prefill),
+        lambda: torch.no_grad()(lambda: theirs(ids, use_cache=True, logits_to_keep=1)),
+        at_most=1.1,
+    )
+
+
+def _small_gguf(folder: Path) -> Path:
+    """A Llama of two layers with random weights, its matrices in Q8_0."""
+    from companion.models.language_model import LanguageModel, LanguageModelConfig
+    from companion.models.llama import tensor_names
+    from companion.quantize.gguf import write_gguf
+
+    config = LanguageModelConfig(
+        vocab_size=40,
+        d_model=32,
+        num_layers=2,
+        num_heads=2,
+        d_ff=64,
+        activation="swiglu",
+        norm="rms",
+        position="rotary",
+        bias=False,
+        scale_embedding=False,
+    )
+    state, tensors = LanguageModel(config).state_dict(), {}
+    for ours, theirs in tensor_names(config, "gguf").items():
+        tensors[theirs] = weight = state[ours]
+        if weight.dim() == 2:
+            tensors[theirs] = quantise(weight, "Q8_0").reshape(-1), "Q8_0", tuple(weight.shape)
+    entries = {
+        "vocab_size": 40,
+        "embedding_length": 32,
+        "block_count": 2,
+        "feed_forward_length": 64,
+        "context_length": 64,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 10000.0,
+    }
+    metadata = {"general.architecture": "llama", "general.name": "small"}
+    path = folder / "small.gguf"
+    write_gguf(path, metadata | {f"llama.{name}": value for name, value in entries.items()}, tensors)
+    return path
+
+
 ALL = (
     training_step,
     attention,
@@ -575,8 +761,10 @@ ALL = (
     decoding,
     sampling_filters,
     tokenizer,
+    unigram,
     autograd,
     gguf_header,
     gguf_decoding,
+    language_model,
     sentence_encoder,
 )

@@ -102,15 +102,19 @@ def scaled_dot_product_attention(
         return weights @ value, weights
     if mask is not None:
         mask = mask.reshape((1,) * (query.dim() - mask.dim()) + mask.shape)  # a shape the kernel is fused for
-    kernel = partial(F.scaled_dot_product_attention, is_causal=causal, scale=scale, dropout_p=dropout)
-    if enable_gqa:
-        kernel = partial(kernel, enable_gqa=True)
-    inputs = [query, key, value]
+    options = {"is_causal": causal, "scale": scale, "dropout_p": dropout}
+    shape = (*query.shape[:-1], value.shape[-1])
+    if enable_gqa and num_queries == 1 and (mask is None or mask.shape[-3] == 1):
+        query = query.reshape(*key.shape[:-2], -1, query.shape[-1])  # heads that share keys become rows
+    elif enable_gqa:
+        options["enable_gqa"] = True
+    kernel, inputs = partial(F.scaled_dot_product_attention, **options), [query, key, value]
     if _backward_is_slow(query, num_keys):
         with torch.autocast("cpu", enabled=False):
             output = kernel(*(x.float() for x in inputs), attn_mask=_as(torch.float32, mask)).to(query.dtype)
     else:
         output = kernel(*inputs, attn_mask=_as(query.dtype, mask))
+    output = output.reshape(shape)
     return output if alive is None else output.masked_fill(~alive, 0.0)
 
 
@@ -225,8 +229,8 @@ class KVCache:
         if self._keys is None or end > self._keys.shape[-2]:
             self._keys = self._grown(self._keys, keys, end)
             self._values = self._grown(self._values, values, end)
-        self._keys[..., self.length : end, :] = keys
-        self._values[..., self.length : end, :] = values
+        self._keys.narrow(2, self.length, end - self.length).copy_(keys)
+        self._values.narrow(2, self.length, end - self.length).copy_(values)
         self.length = end
         return self.view()
 
@@ -234,7 +238,7 @@ class KVCache:
         """The keys and values of all positions so far."""
         if self._keys is None:
             raise ValueError("the cache is empty: append keys and values first")
-        return self._keys[..., : self.length, :], self._values[..., : self.length, :]
+        return self._keys.narrow(2, 0, self.length), self._values.narrow(2, 0, self.length)
 
     def reorder(self, indices: Tensor) -> None:
         """Replace batch row i by row indices[i]: beam search keeps the caches of the beams that survive."""
@@ -426,7 +430,7 @@ class MultiHeadAttention(nn.Module):
 
     def _split(self, x: Tensor, num_heads: int) -> Tensor:
         """(batch, n, h · d) → (batch, h, n, d): head i owns columns i·d … (i+1)·d − 1."""
-        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 @contextmanager

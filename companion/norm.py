@@ -62,6 +62,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_features("x", x, self.gain.shape[0])
+        if x.dtype == self.gain.dtype:
+            return F.rms_norm(x, self.gain.shape, self.gain, self.eps)
         # PyTorch's kernel asks for one dtype; under autocast a half input meets a float32 gain.
         dtype = torch.promote_types(x.dtype, self.gain.dtype)
         return F.rms_norm(x.to(dtype), self.gain.shape, self.gain.to(dtype), self.eps).to(x.dtype)

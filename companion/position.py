@@ -246,25 +246,38 @@ class RotaryEmbedding(nn.Module):
         end = _end(x, offset, "d_k")
         return self._turned(x, self._rows(offset, end, _at_least_single(x.dtype), x.device))
 
-    def at(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[Tensor, int], Tensor]:
-        """The same for positions given one by one: a function of x (batch, h, n, d_k) and of an offset that
-        it ignores, which `MultiHeadAttention` takes as its `rotary`.
+    def at(
+        self,
+        positions: Tensor | range,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Callable[[Tensor, int], Tensor]:
+        """The same for positions known beforehand: a function of x (batch, h, n, d_k) and of an offset that
+        it ignores, which `MultiHeadAttention` takes as its `rotary`. All layers of a model can share it.
 
         Args:
-            positions: integers (batch, n), with left padding for instance.
+            positions: a range of n positions in steps of 1, or integers (batch, n), with left padding for
+                instance.
             dtype: of the x to come.
+            device: of the x to come where positions are a range.
         """
-        rows = self._rows(0, _last("positions", positions) + 1, _at_least_single(dtype), positions.device)
-        turns = rows[..., positions.long(), :].unsqueeze(-3)  # (…, batch, 1, n, ·)
+        if isinstance(positions, range):
+            if not positions or positions.start < 0 or positions.step != 1:
+                raise ValueError(f"positions must count up from 0 or later by 1, got {positions}")
+            turns = self._rows(positions.start, positions.stop, _at_least_single(dtype), torch.device(device))
+        else:
+            rows = self._rows(0, _last("positions", positions) + 1, _at_least_single(dtype), positions.device)
+            turns = rows[..., positions.long(), :].unsqueeze(-3)  # (…, batch, 1, n, ·)
+        if self.layout == "half":
+            turns = turns.unbind()
         return lambda x, offset=0: self._turned(x, turns)
 
-    def _turned(self, x: Tensor, turns: Tensor) -> Tensor:
+    def _turned(self, x: Tensor, turns: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         vectors = x.to(_at_least_single(x.dtype))
         if self.layout == "interleaved":  # a pair is a complex number; to turn it is to multiply by e^(i mθ)
             return torch.view_as_real(_as_complex(vectors) * turns).flatten(-2).to(x.dtype)
         cos, sin = turns
-        low, high = vectors.chunk(2, -1)
-        return torch.addcmul(vectors * cos, torch.cat((high, low), -1), sin).to(x.dtype)
+        return torch.addcmul(vectors * cos, vectors.roll(self.d_k // 2, -1), sin).to(x.dtype)
 
     def _rows(self, offset: int, end: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The turns of positions offset … end − 1, from a table that is kept and grows when it must."""

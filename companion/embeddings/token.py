@@ -51,7 +51,11 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         check_ids("ids", ids, self.vocab_size)
-        return F.embedding(ids.long(), self.weight, padding_idx=self.pad_id) * math.sqrt(self.d_model)
+        return self.lookup(ids) * math.sqrt(self.d_model)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """The rows themselves, not scaled: (...) → (..., d_model)."""
+        return F.embedding(ids.long(), self.weight, padding_idx=self.pad_id)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden · Eᵀ: (..., d_model) → (..., vocab_size), the tied output layer."""

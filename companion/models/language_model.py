@@ -11,7 +11,6 @@ queries and keys in their stead; T5's encoder has RMSNorm and relative positions
 import math
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from companion._checks import check_choice, check_ids, check_number, check_positive, check_probability
@@ -246,14 +245,15 @@ class LanguageModel(nn.Module):
         """What the output layer sees: (batch, n) → (batch, n, d_model). Arguments as in `forward`."""
         self._check(ids, mask, cache, positions)
         config, offset = self.config, 0 if cache is None else cache.length
-        x = self.embedding(ids) if config.scale_embedding else F.embedding(ids.long(), self.embedding.weight)
+        x = self.embedding(ids) if config.scale_embedding else self.embedding.lookup(ids)
         if config.position in ("learned", "sinusoidal"):
             x = self.position(x, offset if positions is None else positions)
         else:
             x = self.position(x)
         rotary = self.rotary
-        if rotary is not None and positions is not None:
-            rotary = rotary.at(positions, x.dtype)
+        if rotary is not None:
+            along = range(offset, offset + ids.shape[1]) if positions is None else positions
+            rotary = rotary.at(along, x.dtype, x.device)
         score_bias = None
         if self.position_bias is not None:
             score_bias = self.position_bias(ids.shape[1], offset + ids.shape[1])  # (h, n, n_k)

@@ -13,6 +13,7 @@ holds before it is used, so a wrong one costs a ValueError, and neither time nor
 """
 
 import math
+import mmap
 import os
 import struct
 from collections.abc import Mapping
@@ -159,12 +160,20 @@ class GGUFFile:
         """
         info, raw = self._info(name), self.raw(name)
         if info.type in BLOCKS:
-            return dequantise(raw, info.type, info.shape).to(dtype)
+            decoded = dequantise(raw, info.type, info.shape).to(dtype)
+            self._forget()
+            return decoded
         if info.type in _PLAIN:
             return torch.from_numpy(raw.view(_PLAIN[info.type]).reshape(info.shape).copy()).to(dtype)
         raise ValueError(
             f"the tensor {name!r} has type {info.type}; decoded are {', '.join([*BLOCKS, *_PLAIN])}"
         )
+
+    def _forget(self) -> None:
+        """Let the system take back the pages of the file that were read; it reads them again when asked."""
+        pages = getattr(self._data.base, "_mmap", None)
+        if hasattr(pages, "madvise"):  # not on Windows
+            pages.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Let go of the file. The map itself ends with the last array that `raw` gave out."""

@@ -12,9 +12,9 @@ which the likelihood falls least.
 import math
 import os
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ UNKNOWN_PENALTY = 10.0  # SentencePiece's: an unknown character scores this much
 
 MAX_VOCAB_SIZE = 2**20
 MAX_PIECE_LENGTH = 64
+END, BORDER = "\0", 0x110000  # between words: any character, and a code point beyond Unicode's in its place
 
 _FORMAT, _VERSION = "companion.tokenizers.unigram", 1
 
@@ -246,75 +247,90 @@ def expected_counts(words: Mapping[str, int], scores: Mapping[str, float]) -> di
             raise TypeError(f"{name} must be a mapping, got {type(value).__name__}")
     if missing := set(chain.from_iterable(words)) - scores.keys():
         raise ValueError(f"scores must have every character of the words, got none for {min(missing)!r}")
-    if not words:
+    if not any(words):
         return dict.fromkeys(scores, 0.0)
     names = list(scores)
     counts = np.array([words[word] for word in words], dtype=np.float64)
     log_p = np.array([scores[piece] for piece in names], dtype=np.float64)
-    lattice = _Lattice(words, {piece: index for index, piece in enumerate(names)})
-    return dict(zip(names, lattice.expected_counts(log_p, counts).tolist(), strict=True))
+    return dict(zip(names, _Lattice(words, names).expected_counts(log_p, counts).tolist(), strict=True))
 
 
 class _Lattice:
-    """Every place in which a piece fits into a word; words of one length as one array.
+    """Every place in which a piece fits into a word: arcs between the gaps of its characters, as flat arrays.
 
-    For a group of words, `arcs[start, end]` holds the rows of the words that have a piece there, and the ids
-    of these pieces.
+    Gaps are numbered by their distance from the head of their word, arcs ordered by the gap they end at. So
+    the arcs that end at one distance are one slice, and every path to their starts is known before it.
     """
 
-    def __init__(self, words, ids):
-        longest = max(map(len, ids))
-        by_length = defaultdict(list)
-        for index, word in enumerate(words):
-            by_length[len(word)].append((index, word))
-        self.groups = []
-        for length, group in by_length.items():
-            arcs = {}
-            for start in range(length):
-                for end in range(start + 1, min(length, start + longest) + 1):
-                    found = np.array([ids.get(word[start:end], -1) for _, word in group])
-                    if (rows := np.flatnonzero(found >= 0)).size:
-                        arcs[start, end] = rows, found[rows]
-            self.groups.append((length, np.array([index for index, _ in group]), arcs))
+    def __init__(self, words, pieces):
+        codes, tails = _codes(words)
+        lengths = np.diff(tails, prepend=-1) - 1
+        distance = np.arange(len(codes)) - np.repeat(tails - lengths, lengths + 1)
+        places = np.argsort(distance, kind="stable")
+        gaps = np.empty(len(codes), np.int32)
+        gaps[places] = np.arange(len(codes))
+        self.borders = np.cumsum(np.bincount(distance))
+        self.tails = gaps[tails]
+        starts, ends, found = _occurrences(codes, places[codes[places] < BORDER], pieces)
+        order = np.argsort(gaps[ends], kind="stable")
+        self._keep(gaps[starts[order]], gaps[ends[order]], found[order])
+
+    def drop_whole_words(self):
+        """Drop the arcs from the head to the tail of a word."""
+        is_tail = np.zeros(self.borders[-1], bool)
+        is_tail[self.tails] = True
+        self._restrict((self.starts >= self.borders[0]) | ~is_tail[self.ends])
 
     def restrict(self, alive):
         """Drop the arcs of pieces that are not alive (bool, one for each piece)."""
-        for _, _, arcs in self.groups:
-            for place, (rows, pieces) in arcs.items():
-                kept = alive[pieces]
-                arcs[place] = rows[kept], pieces[kept]
+        self._restrict(alive[self.pieces])
 
     def expected_counts(self, log_p, counts):
-        """Posterior number of uses of each piece, each word `counts` times: forward and backward sums."""
-        totals = np.zeros(len(log_p))
-        for length, words, arcs in self.groups:
-            forward = self._sums(length, len(words), arcs, log_p, np.logaddexp)
-            backward = np.full((length + 1, len(words)), -np.inf)
-            backward[length] = 0.0
-            for (start, end), (rows, pieces) in reversed(arcs.items()):
-                sums = backward[end, rows] + log_p[pieces]
-                backward[start, rows] = np.logaddexp(backward[start, rows], sums)
-            for (start, end), (rows, pieces) in arcs.items():
-                log = forward[start, rows] + log_p[pieces] + backward[end, rows] - forward[length, rows]
-                totals += np.bincount(pieces, counts[words[rows]] * np.exp(log), len(log_p))
-        return totals
+        """Posterior number of uses of each piece, each word `counts` times.
 
-    def best_without_whole(self, log_p, num_words):
-        """Score of the best segmentation of each word into two pieces or more; -inf where there is none."""
-        best = np.full(num_words, -np.inf)
-        for length, words, arcs in self.groups:
-            parts = {place: arc for place, arc in arcs.items() if place != (0, length)}
-            best[words] = self._sums(length, len(words), parts, log_p, np.maximum)[length]
-        return best
+        Forward: the log of the sum over all paths to each gap, and the share of its last arc in that sum.
+        Backward: the expected number of paths through each gap, split among the arcs that end there.
+        """
+        forward, shares = np.zeros(self.borders[-1]), np.empty(len(self.pieces))
+        forward[self.borders[0] :] = -np.inf
+        for arcs, firsts, sizes, gaps in self.levels:
+            sums = forward[self.starts[arcs]] + log_p[self.pieces[arcs]]
+            top = np.maximum(np.maximum.reduceat(sums, firsts), np.finfo(float).min)
+            weights = np.exp(sums - np.repeat(top, sizes))
+            total = np.add.reduceat(weights, firsts)  # at least 1, but 0 where no path has a probability
+            shares[arcs] = weights / np.repeat(np.maximum(total, 1.0), sizes)
+            with np.errstate(divide="ignore"):
+                forward[gaps] = top + np.log(total)
+        passing = np.zeros(self.borders[-1])
+        passing[self.tails] = counts
+        for arcs, _, sizes, gaps in reversed(self.levels):
+            shares[arcs] *= np.repeat(passing[gaps], sizes)
+            np.add.at(passing, self.starts[arcs], shares[arcs])
+        return np.bincount(self.pieces, shares, len(log_p))
 
-    @staticmethod
-    def _sums(length, num_words, arcs, log_p, combine):
-        """Sum or maximum over all paths to each position, (length + 1, num_words)."""
-        sums = np.full((length + 1, num_words), -np.inf)
-        sums[0] = 0.0
-        for (start, end), (rows, pieces) in arcs.items():  # by start, so every path to `start` is known
-            sums[end, rows] = combine(sums[end, rows], sums[start, rows] + log_p[pieces])
-        return sums
+    def best(self, log_p):
+        """Score of the best segmentation of each word; -inf where there is none."""
+        best = np.zeros(self.borders[-1])
+        best[self.borders[0] :] = -np.inf
+        for arcs, firsts, _, gaps in self.levels:
+            best[gaps] = np.maximum.reduceat(best[self.starts[arcs]] + log_p[self.pieces[arcs]], firsts)
+        return best[self.tails]
+
+    def _restrict(self, kept):
+        kept = np.flatnonzero(kept)
+        self._keep(self.starts[kept], self.ends[kept], self.pieces[kept])
+
+    def _keep(self, starts, ends, pieces):
+        """Hold these arcs. A level: its arcs; of each gap at its distance the first arc, and their number."""
+        self.starts, self.ends, self.pieces = starts, ends, pieces
+        firsts = np.flatnonzero(np.diff(ends, prepend=-1))
+        gaps, firsts = ends[firsts], np.append(firsts, len(ends))
+        self.levels = []
+        for low, high in pairwise(np.searchsorted(gaps, self.borders).tolist()):
+            if low < high:
+                first, last = firsts[low], firsts[high]
+                sizes = np.diff(firsts[low : high + 1])
+                self.levels.append((slice(first, last), firsts[low:high] - first, sizes, gaps[low:high]))
 
 
 class _Model:
@@ -322,9 +338,9 @@ class _Model:
 
     def __init__(self, words, counts):
         self.pieces = list(counts)
-        ids = {piece: index for index, piece in enumerate(self.pieces)}
         self.word_counts = np.array(list(words.values()), dtype=np.float64)
-        self.corpus, self.themselves = _Lattice(words, ids), _Lattice(self.pieces, ids)
+        self.corpus, self.themselves = _Lattice(words, self.pieces), _Lattice(self.pieces, self.pieces)
+        self.themselves.drop_whole_words()
         self.is_character = np.array([len(piece) == 1 for piece in self.pieces])
         self.alive = np.ones(len(self.pieces), bool)
         self._normalise(np.array(list(counts.values()), dtype=np.float64))
@@ -344,7 +360,7 @@ class _Model:
         Without a piece, each of its uses becomes the best segmentation of the piece into others, whose
         probabilities are taken to stay: it loses count · (score of the piece − score of these).
         """
-        others = self.themselves.best_without_whole(self.log_p, len(self.pieces))
+        others = self.themselves.best(self.log_p)
         loss = np.where(self.is_character, np.inf, -np.inf)
         judged = self.alive & ~self.is_character
         loss[judged] = self.counts[judged] * (self.log_p - others)[judged]
@@ -420,16 +436,65 @@ def _draw(logs, draw):
 
 
 def _seed(words, max_piece_length, seed_size):
-    """Characters with their counts, and the substrings with the highest count times length that recur."""
-    counts = Counter()
-    for word, count in words.items():
-        for start in range(len(word)):
-            for end in range(start + 1, min(len(word), start + max_piece_length) + 1):
-                counts[word[start:end]] += count
-    longer = [piece for piece, count in counts.items() if len(piece) > 1 and count > 1]
-    longer.sort(key=lambda piece: (-counts[piece] * len(piece), piece))
-    pieces = {piece: counts[piece] for piece in counts if len(piece) == 1}
-    return pieces | {piece: counts[piece] * len(piece) for piece in longer[:seed_size]}
+    """Characters with their counts, and the substrings with the highest count times length that recur.
+
+    Substrings of n characters are numbered by those of n − 1 and the next character, where these recur.
+    """
+    text, (codes, tails) = END.join(words), _codes(words)
+    word_counts = np.repeat(list(words.values()), np.diff(tails, prepend=-1))
+    at = np.flatnonzero(codes < BORDER)
+    number = np.zeros_like(at)
+    characters, longer = {}, {}
+    for length in range(1, max_piece_length + 1):
+        inside = codes[at + length - 1] < BORDER
+        at, number = at[inside], number[inside]
+        keys = number * (BORDER + 1) + codes[at + length - 1]
+        _, first, number = np.unique(keys, return_index=True, return_inverse=True)
+        counts = np.bincount(number, word_counts[at]).astype(np.int64)
+        recurs = counts > 1
+        found = slice(None) if length == 1 else recurs
+        (characters if length == 1 else longer).update(
+            (text[start : start + length], length * count)
+            for start, count in zip(at[first[found]].tolist(), counts[found].tolist(), strict=True)
+        )
+        at, number = at[recurs[number]], number[recurs[number]]
+    best = sorted(sorted(longer), key=longer.get, reverse=True)[:seed_size]
+    return characters | {piece: longer[piece] for piece in best}
+
+
+def _codes(words):
+    """The code points of all words, BORDER after each, and where these stand."""
+    codes = np.frombuffer((END.join(words) + END).encode("utf-32-le"), np.uint32).astype(np.int64)
+    tails = np.cumsum([len(word) + 1 for word in words]) - 1
+    codes[tails] = BORDER
+    return codes, tails
+
+
+def _occurrences(codes, at, pieces):
+    """Every place where a piece stands: its start, one of `at`, its end and the number of the piece.
+
+    All starts walk down the pieces' tree together: `branches` are the pairs of a branch and a next character.
+    """
+    letters, ends = _codes(pieces)
+    lengths = np.diff(ends, prepend=-1) - 1
+    heads, alive = ends - lengths, np.flatnonzero(lengths)
+    branch = np.zeros_like(alive)
+    state, occurrences = np.zeros_like(at), []
+    for length in range(1, int(lengths.max()) + 1):
+        branches, branch = np.unique(
+            branch * (BORDER + 1) + letters[heads[alive] + length - 1], return_inverse=True
+        )
+        keys = state * (BORDER + 1) + codes[at + length - 1]
+        place = np.minimum(np.searchsorted(branches, keys), len(branches) - 1)
+        fits = branches[place] == keys
+        at, state = at[fits], place[fits]
+        whole = lengths[alive] == length
+        piece = np.full(len(branches), -1, np.int32)
+        piece[branch[whole]] = alive[whole]
+        here = piece[state] >= 0
+        occurrences.append((at[here], at[here] + length, piece[state[here]]))
+        alive, branch = alive[~whole], branch[~whole]
+    return map(np.concatenate, zip(*occurrences, strict=True))
 
 
 def _check_scores(scores):
