@@ -4,10 +4,13 @@ import itertools
 from collections.abc import Iterator
 
 import bm25s
+import torch
 from rank_bm25 import BM25Okapi
 
 from benchmarks.harness import Comparison
+from companion.data.assets import asset_path
 from companion.data.translation import read_verses
+from companion.models.bert import SentenceEncoder
 from companion.rag.sparse import BM25, analyse_english
 
 
@@ -49,4 +52,41 @@ def sparse_search(small: bool) -> Iterator[Comparison]:
     )
 
 
-ALL = (sparse_search,)
+def text_embedding(small: bool) -> Iterator[Comparison]:
+    """Verses from text to unit vectors: tokenized, sorted by length, in batches of 32 without gradients.
+
+    The peer does what sentence-transformers does with all-MiniLM-L6-v2, of transformers' parts.
+    """
+    from transformers import BertTokenizer
+    from transformers.models.bert.modeling_bert import BertModel
+
+    verses = [english for english, _ in itertools.islice(read_verses().values(), 0, 30_000, 150)]
+    verses = verses[:8] if small else verses
+    mine = SentenceEncoder.minilm()
+    tokenizer = BertTokenizer(vocab=str(asset_path("minilm-vocabulary")))
+    model = BertModel.from_pretrained(asset_path("minilm").parent).eval()
+
+    @torch.no_grad()
+    def theirs() -> torch.Tensor:
+        order = sorted(range(len(verses)), key=lambda i: -len(verses[i]))
+        vectors = torch.empty(len(verses), 384)
+        for start in range(0, len(order), 32):
+            rows = order[start : start + 32]
+            texts = [verses[i] for i in rows]
+            batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+            mask = batch["attention_mask"].unsqueeze(-1)
+            pooled = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+            vectors[rows] = torch.nn.functional.normalize(pooled, dim=-1)
+        return vectors
+
+    yield Comparison(
+        "Text to sentence vectors",
+        f"MiniLM, {len(verses)} verses of {sum(map(len, verses)) / len(verses):.0f} characters on average",
+        "transformers.BertModel with BertTokenizer",
+        lambda: lambda: mine.encode(verses),
+        lambda: theirs,
+        at_most=1.05,
+    )
+
+
+ALL = (sparse_search, text_embedding)

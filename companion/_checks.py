@@ -1,6 +1,6 @@
 """Argument checks: each raises an error that names the argument, what came and what is needed."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,17 @@ def check_choice(name: str, value: object, choices: Collection) -> None:
     """Refuse a value that is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_texts(name: str, texts: object) -> None:
+    """Refuse anything but a sequence of at least one str; a str is not one."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise TypeError(f"{name} must be a sequence of str, got {type(texts).__name__}")
+    if len(texts) == 0:
+        raise ValueError(f"{name} must hold at least one text, got none")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{i}] must be a str, got {type(text).__name__}")
 
 
 def check_tensor(name: str, x: object) -> None:

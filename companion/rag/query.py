@@ -16,12 +16,17 @@ import re
 from collections.abc import Sequence
 
 from companion._checks import check_positive
-from companion.chat import ChatModel, Message
+from companion.chat import ChatModel, Message, check_messages
 
 MAX_CHARACTERS = 400  # of a query
+MAX_QUESTION = 4000  # characters of a question that the model is shown
 MAX_HISTORY = 8  # messages of a conversation that `condense` shows the model
-LIST_MARK = re.compile(
-    r"^\s*(?:[-*•]|\(?\d{1,2}[.):]|[a-z]\))\s*|^\s*(?:query|question|answer|q|a)\s*\d*\s*:\s*", re.I
+LIST_MARK = (
+    re.compile(  # "- ", "2) ", "Query 1: ", one after the other; not the minus or the point of a number
+        r"\s*(?:(?:[-*•]+(?!\d)|\(?\d{1,2}[.):](?!\d)|[a-z]\))\s*)*"
+        r"(?:(?:search )?(?:query|question|answer|q|a)\s*\d*\s*:\s*)?",
+        re.I,
+    )
 )
 
 
@@ -50,6 +55,7 @@ def condense(model: ChatModel, history: Sequence[Message], question: str) -> str
     _check_question(question)
     if not history:
         return question
+    history = check_messages(history)
     system = (
         "Given a conversation and a follow-up question, rewrite the follow-up as a question that can be "
         "understood without the conversation. Replace pronouns by what they stand for. "
@@ -70,7 +76,7 @@ def condense(model: ChatModel, history: Sequence[Message], question: str) -> str
     talk = "\n".join(
         f"{m.role}: {' '.join(m.content.split())[:MAX_CHARACTERS]}" for m in history[-MAX_HISTORY:]
     )
-    said = _ask(model, system, f"Conversation:\n{talk}\n\nFollow-up: {question}", examples, 64)
+    said = _ask(model, system, f"Conversation:\n{talk}\n\nFollow-up: {question[:MAX_QUESTION]}", examples, 64)
     return _first(_lines(said), question)
 
 
@@ -92,7 +98,7 @@ def expand(model: ChatModel, question: str, count: int = 3) -> list[str]:
             ),
         )
     ]
-    others = _lines(_ask(model, system, question, examples, 32 * count))
+    others = _lines(_ask(model, system, question, examples, 32 * count, whole_lines=True))
     return list(dict.fromkeys([question, *others]))[: count + 1]
 
 
@@ -137,22 +143,32 @@ def decompose(model: ChatModel, question: str, count: int = 3) -> list[str]:
         ),
         ("Who wrote Hamlet?", "Who wrote Hamlet?"),
     ]
-    parts = _lines(_ask(model, system, question, examples, 40 * count))
+    parts = _lines(_ask(model, system, question, examples, 40 * count, whole_lines=True))
     return list(dict.fromkeys(parts))[:count] or [question]
 
 
 def _ask(
-    model: ChatModel, system: str, question: str, examples: Sequence[tuple[str, str]], max_tokens: int
+    model: ChatModel,
+    system: str,
+    question: str,
+    examples: Sequence[tuple[str, str]],
+    max_tokens: int,
+    whole_lines: bool = False,
 ) -> str:
+    """The model's answer; where it was cut off and `whole_lines` are wanted, without its unfinished line."""
     _check_question(question)
     shown = [m for ask, reply in examples for m in (Message("user", ask), Message("assistant", reply))]
-    messages = [Message("system", system), *shown, Message("user", question)]
-    return model.complete(messages, max_tokens=max_tokens, temperature=0.0)
+    messages = [Message("system", system), *shown, Message("user", question[: 2 * MAX_QUESTION])]
+    pieces = list(model.stream(messages, max_tokens=max_tokens, temperature=0.0))
+    said = "".join(piece.text for piece in pieces)
+    if whole_lines and pieces and pieces[-1].finish == "length" and "\n" in said.strip():
+        said = said.rpartition("\n")[0]
+    return said
 
 
 def _lines(said: str) -> list[str]:
     """The lines of an answer without list marks, labels and quotation marks, cut to a query's length."""
-    lines = (LIST_MARK.sub("", line).strip().strip("\"'“”`").strip() for line in said.splitlines())
+    lines = (line[LIST_MARK.match(line).end() :].strip("\"'“”`* ") for line in said.splitlines())
     return [line[:MAX_CHARACTERS] for line in lines if any(sign.isalnum() for sign in line)]
 
 

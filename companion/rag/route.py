@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from companion._checks import check_number
+from companion._checks import check_number, check_positive
 from companion.chat import LocalChatModel, Message
 from companion.rag.prompt import choose
 
@@ -38,8 +38,7 @@ class RuleRouter:
     """
 
     def __init__(self, rules: Mapping[str, Sequence[str]], default: str):
-        if not rules:
-            raise ValueError("rules must hold at least one route")
+        _check_lists("rules", rules)
         self.rules = {
             name: [re.compile(p, re.IGNORECASE) for p in patterns] for name, patterns in rules.items()
         }
@@ -47,6 +46,7 @@ class RuleRouter:
 
     def __call__(self, question: str) -> Route:
         """The route of a question; confidence 1 where a rule decides."""
+        _check_question(question)
         for name, patterns in self.rules.items():
             if any(pattern.search(question) for pattern in patterns):
                 return Route(name, 1.0)
@@ -75,13 +75,17 @@ class EmbeddingRouter:
         neighbours: int = 5,
         temperature: float = 0.1,
     ):
-        if not examples or not all(examples.values()):
-            raise ValueError("examples must hold at least one route, and at least one question for each")
+        _check_lists("examples", examples)
+        check_positive("neighbours", neighbours)
         check_number("threshold", threshold)
         check_number("temperature", temperature)
         if not 0 <= threshold <= 1 or temperature <= 0:
             raise ValueError(
                 f"threshold must lie in [0, 1] and temperature above 0, got {threshold} and {temperature}"
+            )
+        if threshold and default is None:
+            raise ValueError(
+                f"default must name a route where there is a threshold, got None and {threshold}"
             )
         self.encode, self.default, self.threshold = encode, default, threshold
         self.neighbours, self.temperature = neighbours, temperature
@@ -91,9 +95,12 @@ class EmbeddingRouter:
             np.arange(len(self.names)), [len(questions) for questions in examples.values()]
         )
         self._vectors = np.asarray(encode(texts))
+        if self._vectors.ndim != 2 or len(self._vectors) != len(texts):
+            raise ValueError(f"encode must give ({len(texts)}, d) vectors, got {self._vectors.shape}")
 
     def __call__(self, question: str) -> Route:
         """The route with the largest share of the votes; the share is the confidence."""
+        _check_question(question)
         (vector,) = np.asarray(self.encode([question]))
         cosines = self._vectors @ vector
         nearest = np.argsort(-cosines, kind="stable")[: self.neighbours]
@@ -125,7 +132,23 @@ class ModelRouter:
 
     def __call__(self, question: str) -> Route:
         """The route that the model chooses; the confidence is 1, for it gives none."""
+        _check_question(question)
         kinds = "\n".join(f"{name}: {purpose}" for name, purpose in self.routes.items())
         shown = [m for ask, name in self.examples for m in (Message("user", ask), Message("assistant", name))]
         system = Message("system", f"Name the kind of the user's question. The kinds:\n{kinds}")
         return Route(choose(self.model, [system, *shown, Message("user", question)], list(self.routes)), 1.0)
+
+
+def _check_lists(name: str, lists: Mapping[str, Sequence[str]]) -> None:
+    if not lists:
+        raise ValueError(f"{name} must hold at least one route, got none")
+    for route, texts in lists.items():
+        if isinstance(texts, str):  # would be taken for a list of its letters
+            raise TypeError(f"{name}[{route!r}] must be a sequence of str, got one str")
+        if not texts:
+            raise ValueError(f"{name}[{route!r}] must hold at least one text, got none")
+
+
+def _check_question(question: str) -> None:
+    if not isinstance(question, str):
+        raise TypeError(f"question must be a str, got {type(question).__name__}")
