@@ -29,6 +29,7 @@ FLOORS = (
     "generate",
     "measure",
     "quantize",
+    "rag",
 )
 
 # Public names that compute nothing of their own, or that are proven through the mechanism they serve.
@@ -59,6 +60,30 @@ EXCEPTIONS = {
     "companion.measure.flops.Flops": "a record of counts",
     "companion.measure.flops.Traffic": "a record of counts",
     "companion.quantize.gguf.TensorInfo": "a record of a place",
+    "companion.rag.commands.index": "the command line",
+    "companion.rag.commands.ask": "the command line",
+    "companion.rag.commands.encoder": "loads the encoder of the command line",
+    "companion.rag.construct.Schema": "a record of names, proven with run_query",
+    "companion.rag.construct.TableQuery": "a record of a question, proven with run_query",
+    "companion.rag.construct.ConstructionError": "an error",
+    "companion.rag.construct.check_query": "refuses bad input; tested with parse_query",
+    "companion.rag.construct.parse_query": "reads a query, proven with run_query",
+    "companion.rag.construct.to_sql": "writes a query, proven with run_query",
+    "companion.rag.construct.run_select": "runs a statement, proven with run_query",
+    "companion.rag.construct.construct_query": "a prompt around parse_query",
+    "companion.rag.evaluate.Estimate": "a record of a result",
+    "companion.rag.evaluate.score_rankings": "a metric for each query, proven with the metrics",
+    "companion.rag.load.Document": "a record of a text",
+    "companion.rag.load.DocumentError": "an error",
+    "companion.rag.pipeline.Stage": "a record of a step",
+    "companion.rag.pipeline.Trace": "a record of steps",
+    "companion.rag.pipeline.Answer": "a record of a result",
+    "companion.rag.prompt.Claim": "a record of a result",
+    "companion.rag.prompt.CitationReport": "a record of a result, proven with check_citations",
+    "companion.rag.prompt.Quotation": "a record of a result",
+    "companion.rag.route.Route": "a record of a decision",
+    "companion.rag.split.Passage": "a record of a place",
+    "companion.rag.index.ivf.nearest": "the step of kmeans, proven with it",
     "companion.quantize.uniform.QuantisationError": "a record of a result",
 }
 

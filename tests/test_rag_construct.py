@@ -15,6 +15,7 @@ from companion.rag.construct import (
     Schema,
     TableQuery,
     construct_query,
+    fill_query,
     parse_query,
     run_query,
     run_select,
@@ -154,6 +155,51 @@ def test_the_json_of_an_answer_is_a_query():
     model = ScriptedChatModel([json.dumps(GOOD)])
     assert construct_query(model, "Which are the largest?", SCHEMA) == expected
     assert "population number" in model.calls[0][0].content
+
+
+VALUES = {"name": [row[0] for row in ROWS], "capital": [row[1] for row in ROWS]}
+
+
+@pytest.fixture
+def chooser(monkeypatch):
+    """Stands in for a model: notes what it may choose from, and takes the last."""
+    offered = []
+
+    def choose(model, messages, options):
+        offered.append(list(options))
+        return options[-1]
+
+    monkeypatch.setattr("companion.rag.construct.choose", choose)
+    return offered
+
+
+@pytest.mark.verifies("companion.rag.construct.fill_query", against="the choices, by hand")
+def test_slots_are_filled_with_what_can_be_there(agree, chooser):
+    columns = ["name", "capital", "population"]
+    cases = {
+        "How many people live in Nepal?": [columns],  # one column, one value: nothing else to choose
+        "Is Paris in France?": [columns, ["name", "capital"]],
+        "How is the weather?": [
+            columns,
+            ["name", "capital"],
+            sorted(VALUES["capital"], key=len, reverse=True),
+        ],
+    }
+    filled = []
+    for question, expected in cases.items():
+        chooser.clear()
+        query = fill_query(None, question, "countries", SCHEMA, VALUES)
+        agree(
+            [str(options) for options in chooser], [str(e) for e in expected], tolerance=0, quantity="choices"
+        )
+        filled.append((query.columns, query.conditions[0].column, query.conditions[0].value))
+    assert filled == [
+        (("population",), "name", "Nepal"),
+        (("population",), "capital", "Paris"),
+        (("population",), "capital", "Paris"),
+    ]
+    with pytest.raises(ConstructionError, match="values must be of columns"):
+        fill_query(None, "?", "countries", SCHEMA, {"secret": ["x"]})
 
 
 @pytest.mark.parametrize(
