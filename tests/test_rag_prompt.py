@@ -89,6 +89,8 @@ def test_bad_input():
         pack(PASSAGES, 0, len)
     with pytest.raises(ValueError, match="order must be one of"):
         pack(PASSAGES, 5, len, order="worst_first")
+    with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\], got 1.5"):
+        check_citations("?", PASSAGES, threshold=1.5)
     with pytest.raises(ValueError, match="question must be a text"):
         build_messages("  ", PASSAGES)
     with pytest.raises(ValueError, match="at least one passage to quote"):
@@ -120,6 +122,13 @@ def test_bad_input():
 def test_support(agree, answer, supported):
     report = check_citations(answer, PASSAGES)
     agree([report.is_supported], [supported], tolerance=0, quantity="supported or not")
+
+
+def test_at_threshold_one_every_word_must_be_there():
+    long = "Ferries cross the lake every day and the last one leaves at 23:40 [3]."
+    assert check_citations(long, PASSAGES).is_supported
+    assert not check_citations(long, PASSAGES, threshold=1).is_supported
+    assert check_citations(long.replace("23", "22"), PASSAGES, threshold=1).is_supported
 
 
 def test_the_report_says_what_is_wrong():
