@@ -128,8 +128,8 @@ def check_citations(answer: str, passages: Sequence[Passage], *, threshold: floa
     """Hold each sentence of an answer against the sources that it cites.
 
     This is a check of words. It finds an answer about something else. At the default it forgives one word in
-    five, and with it a false name in a long sentence; at 1 every word must be there, and little but quotations
-    passes. A "not" left out, or two names exchanged, it never sees.
+    five, and with it a false name in a long sentence; at 1 every word must be there, and little but
+    quotations passes. A "not" left out, or two names exchanged, it never sees.
 
     Args:
         threshold: share of a sentence's content words, numbers among them, that its sources must hold, in

@@ -21,12 +21,11 @@ from companion.chat import ChatModel, Message, check_messages
 MAX_CHARACTERS = 400  # of a query
 MAX_QUESTION = 4000  # characters of a question that the model is shown
 MAX_HISTORY = 8  # messages of a conversation that `condense` shows the model
-LIST_MARK = (
-    re.compile(  # "- ", "2) ", "Query 1: ", one after the other; not the minus or the point of a number
-        r"\s*(?:(?:[-*•]+(?!\d)|\(?\d{1,2}[.):](?!\d)|[a-z]\))\s*)*"
-        r"(?:(?:search )?(?:query|question|answer|q|a)\s*\d*\s*:\s*)?",
-        re.I,
-    )
+# "- ", "2) ", "Query 1: ", also in a row, but not the minus or the point of a number.
+LIST_MARK = re.compile(
+    r"\s*(?:(?:[-*•]+(?!\d)|\(?\d{1,2}[.):](?!\d)|[a-z]\))\s*)*"
+    r"(?:(?:search )?(?:query|question|answer|q|a)\s*\d*\s*:\s*)?",
+    re.I,
 )
 
 
