@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     from tqdm import tqdm
 
     from benchmarks import cases, retrieval
-    from benchmarks.harness import Comparison, compare, grow
+    from benchmarks.harness import Comparison, Count, compare, count, grow
 
     torch.set_num_threads(1)
     known = {case.__name__: case for case in (*cases.ALL, *retrieval.ALL)}
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
                 if isinstance(case, Comparison):
                     row |= {"peer": case.peer, "version": _version(case.peer)}
                     row |= compare(case, *((5, 0.0) if options.small else ()))
+                elif isinstance(case, Count):
+                    row |= {"peer": case.peer, "version": _version(case.peer)} | count(case)
                 else:
                     row |= grow(case, *((1, 0.0) if options.small else ()))
                 rows.append(row | {"at_most": case.at_most})

@@ -36,6 +36,22 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Count:
+    """Our work beside a peer's, counted instead of timed.
+
+    Args:
+        name, work, peer, at_most: as in `Comparison`.
+        ratios: counts ours over theirs, at least five of them.
+    """
+
+    name: str
+    work: str
+    peer: str
+    ratios: Callable[[], Sequence[float]]
+    at_most: float | None = None
+
+
+@dataclass(frozen=True)
 class Growth:
     """The cost of a mechanism against a size.
 
@@ -52,6 +68,17 @@ class Growth:
     setup: Callable[[int], Setup]
     units: Callable[[int], int] = lambda size: 1
     at_most: float | None = None
+
+
+def count(case: Count) -> dict:
+    """Ratio (the median), low, high and the number of pairs of a count."""
+    ratios = case.ratios()
+    return {
+        "ratio": _rounded(statistics.median(ratios)),
+        "low": _rounded(min(ratios)),
+        "high": _rounded(max(ratios)),
+        "pairs": len(ratios),
+    }
 
 
 def compare(case: Comparison, pairs: int = 9, seconds: float = 0.3) -> dict:
