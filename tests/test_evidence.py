@@ -60,6 +60,7 @@ EXCEPTIONS = {
     "companion.measure.flops.Flops": "a record of counts",
     "companion.measure.flops.Traffic": "a record of counts",
     "companion.quantize.gguf.TensorInfo": "a record of a place",
+    "companion.rag.clicks.swap_at_random": "a shuffle, proven with estimate_propensities",
     "companion.rag.commands.index": "the command line",
     "companion.rag.commands.ask": "the command line",
     "companion.rag.commands.encoder": "loads the encoder of the command line",

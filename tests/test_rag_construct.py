@@ -76,6 +76,15 @@ def test_rows(agree, database, case):
 
 
 @pytest.mark.verifies("companion.rag.construct.Condition", against="the same query in SQLite")
+@pytest.mark.parametrize("case", CASES)
+def test_records_that_match_are_the_rows(agree, database, case):
+    query, _ = CASES[case]
+    records = [dict(zip(("name", "capital", "population"), row, strict=True)) for row in ROWS]
+    mine = [r["name"] for r in records if all(condition.matches(r) for condition in query.conditions)]
+    theirs = [name for (name,) in run_query(database, query, SCHEMA)]
+    agree(sorted(mine), sorted(theirs), tolerance=0, quantity="names")
+
+
 @given(
     st.sampled_from(["=", "!=", "<", "<=", ">", ">="]),
     st.one_of(st.sampled_from([row[0] for row in ROWS]), st.text(max_size=5)),
