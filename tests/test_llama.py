@@ -11,6 +11,7 @@ from test_attention import randomised
 from torch import nn
 
 from companion.data.assets import asset_path
+from companion.generate import generate
 from companion.models import llama
 from companion.models.language_model import LanguageModel, LanguageModelConfig
 from companion.models.llama import (
@@ -306,6 +307,74 @@ def test_smollm2(agree):
         logits.argmax(-1).flatten().tolist(), sum(best, []), tolerance=0, quantity="likeliest tokens, SmolLM2"
     )
     assert logits[0, -1].softmax(-1)[7042].item() == pytest.approx(0.7725, abs=1e-4)  # " Paris"
+    said = generate(model, torch.tensor([[6403, 1980, 253, 655]]), max_new_tokens=64, greedy=True)[0, 4:]
+    theirs = [  # after "Once upon a time"
+        28,
+        260,
+        2240,
+        282,
+        23324,
+        27108,
+        436,
+        253,
+        15114,
+        39228,
+        28,
+        351,
+        25854,
+        41658,
+        284,
+        14055,
+        9018,
+        30,
+        1249,
+        347,
+        260,
+        929,
+        3514,
+        411,
+        28,
+        260,
+        2240,
+        2585,
+        288,
+        5946,
+        624,
+        2798,
+        9615,
+        30,
+        378,
+        2268,
+        29,
+        16591,
+        20215,
+        282,
+        260,
+        3925,
+        2591,
+        2585,
+        288,
+        25858,
+        28,
+        284,
+        260,
+        2268,
+        29,
+        16591,
+        10959,
+        282,
+        260,
+        5065,
+        2585,
+        288,
+        25858,
+        30,
+        378,
+        2268,
+        29,
+        16591,
+    ]
+    agree(said.tolist(), theirs, tolerance=0, quantity="64 greedy tokens, SmolLM2")
 
 
 # --- What cannot be -----------------------------------------------------------------------------------------
