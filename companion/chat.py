@@ -264,7 +264,7 @@ class OpenAIChatModel(ChatModel):
         base_url: where the server's paths begin, such as "http://localhost:8080/v1".
         model: its name at the server.
         api_key: where it is None, the environment's OPENAI_API_KEY, which then goes to this server. A server
-            that asks for none gets a placeholder.
+            that asks for none is sent the word "no-key".
         timeout: seconds for which the server may be silent.
         deadline: seconds that an answer may take from its first byte to its last.
         retries: how often a request is sent again, later and later, before its answer has begun: if the

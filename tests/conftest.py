@@ -206,3 +206,30 @@ def _version(against: str) -> str:
 @functools.cache
 def _distributions() -> Mapping[str, list[str]]:
     return importlib.metadata.packages_distributions()
+
+
+@pytest.fixture(scope="session")
+def babbler():
+    """A chat model with random weights and SmolLM2's vocabulary: without a constraint it says anything."""
+    from companion.chat import LocalChatModel
+    from companion.data.assets import asset_path
+    from companion.models.language_model import LanguageModel, LanguageModelConfig
+    from companion.quantize.gguf import GGUFFile
+    from companion.tokenizers.bpe import BPETokenizer
+
+    with GGUFFile.open(asset_path("smollm2")) as file:
+        tokenizer = BPETokenizer.from_gguf(file.metadata)
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 32, "max_length": 2048}
+    config = LanguageModelConfig(tokenizer.vocab_size, position="rotary", **sizes)
+    return LocalChatModel(LanguageModel(config).eval(), tokenizer)
+
+
+def mutate(path, data) -> None:
+    """Replace up to 20 bytes of a file, wherever hypothesis likes, by up to 20 others."""
+    from hypothesis import strategies as st
+
+    whole = path.read_bytes()
+    start = data.draw(st.integers(0, len(whole)))
+    end = data.draw(st.integers(start, min(start + 20, len(whole))))
+    path.write_bytes(whole[:start] + data.draw(st.binary(max_size=20)) + whole[end:])

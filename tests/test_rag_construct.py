@@ -313,6 +313,27 @@ def test_the_database_itself_refuses(database, sql):
     ]
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "DROP TABLE countries",
+        "DELETE FROM countries",
+        "UPDATE countries SET name = 'x'",
+        "INSERT INTO countries (name) VALUES ('x')",
+        "CREATE TABLE more (word TEXT)",
+        "ATTACH DATABASE 'other.db' AS other",
+    ],
+)
+def test_without_the_authoriser_nothing_is_changed_either(database, monkeypatch, sql):
+    monkeypatch.setattr("companion.rag.construct._authoriser", lambda _: lambda *_: sqlite3.SQLITE_OK)
+    before = database.read_bytes()
+    with pytest.raises(ConstructionError, match="readonly database|too many attached"):
+        run_select(database, sql, schema=SCHEMA)
+    assert database.read_bytes() == before and sorted(p.name for p in database.parent.iterdir()) == [
+        "world.db"
+    ]
+
+
 def test_an_honest_select_is_answered(database):
     rows = run_select(database, "SELECT name FROM countries WHERE population > ?", [10**7], SCHEMA)
     assert {name for (name,) in rows} == {"Nepal", "France", "Côte d'Ivoire"}

@@ -145,6 +145,22 @@ def test_no_more_is_given_than_fits(pipeline):
     assert 0 < sum(len(p.text.split()) for p in answer.passages) <= 9
 
 
+def test_questions_with_known_answers_are_scored(pipeline):
+    said = {
+        "When was the bridge finished?": "It was finished in 1907 [1].",
+        "Who was its engineer?": "It was Jan Vos [1].",
+        "When does the last ferry leave?": "The last one leaves at 22:40.",
+        "What is the moon made of?": "Cheese [1].",
+    }
+    pipeline.model = ScriptedChatModel(lambda messages: said[messages[-1].content.rsplit("Question: ", 1)[1]])
+    truths = (["1907"], ["Mara Lind"], ["22:40", "20 to 11"], ["rock"])
+    scores = pipeline.evaluate(list(zip(said, truths, strict=True)))
+    assert scores["answered"].tolist() == [1, 0, 1, 0]
+    assert scores["retrieved"].tolist() == [1, 1, 1, 0]
+    assert scores["supported"].tolist() == [1, 0, 0, 0] and (scores["seconds"] > 0).all()
+    assert all(len(values) == 0 for values in pipeline.evaluate([]).values())
+
+
 def test_an_empty_store_is_asked(store):
     pipeline = Pipeline(store, encode, ScriptedChatModel([REFUSAL]), answer="free")
     answer = pipeline.ask("When?")

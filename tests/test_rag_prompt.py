@@ -5,10 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion.chat import LocalChatModel
-from companion.data.assets import asset_path
-from companion.models.language_model import LanguageModel, LanguageModelConfig
-from companion.quantize.gguf import GGUFFile
 from companion.rag.prompt import (
     REFUSAL,
     build_messages,
@@ -19,7 +15,6 @@ from companion.rag.prompt import (
     quote,
 )
 from companion.rag.split import Passage
-from companion.tokenizers.bpe import BPETokenizer
 
 
 def _passage(text, document="d"):
@@ -155,25 +150,6 @@ def test_refusals(agree, answer, refuses):
 
 
 # ---------------------------------------------------------------------------------------- constrained answers
-
-
-@pytest.fixture(scope="module")
-def babbler():
-    """A chat model with random weights: without the constraint it says anything."""
-    with GGUFFile.open(asset_path("smollm2")) as file:
-        tokenizer = BPETokenizer.from_gguf(file.metadata)
-    torch.manual_seed(0)
-    config = LanguageModelConfig(
-        tokenizer.vocab_size,
-        d_model=16,
-        num_layers=1,
-        num_heads=2,
-        d_ff=32,
-        position="rotary",
-        max_length=2048,
-    )
-    model = LanguageModel(config).eval()
-    return LocalChatModel(model, tokenizer)
 
 
 @pytest.mark.verifies("companion.rag.prompt.choose", against="the option whose tokens are greedily likeliest")

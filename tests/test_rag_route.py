@@ -4,12 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from companion.chat import LocalChatModel, Message
-from companion.data.assets import asset_path
-from companion.models.language_model import LanguageModel, LanguageModelConfig
-from companion.quantize.gguf import GGUFFile
+from companion.chat import Message
 from companion.rag.route import EmbeddingRouter, ModelRouter, Route, RuleRouter
-from companion.tokenizers.bpe import BPETokenizer
 
 RULES = {"sql": [r"\bhow many\b", r"\baverage\b"], "graph": [r"\bborders?\b"]}
 
@@ -82,24 +78,6 @@ def test_tensors_are_vectors_too():
     examples = {"a": ["0", "1"], "b": ["2", "3"]}
     theirs = EmbeddingRouter(lambda texts: torch.from_numpy(encode(texts)), examples)
     assert [theirs(r) for r in "45678"] == [EmbeddingRouter(encode, examples)(r) for r in "45678"]
-
-
-@pytest.fixture(scope="module")
-def babbler():
-    """A chat model with random weights."""
-    with GGUFFile.open(asset_path("smollm2")) as file:
-        tokenizer = BPETokenizer.from_gguf(file.metadata)
-    torch.manual_seed(0)
-    config = LanguageModelConfig(
-        tokenizer.vocab_size,
-        d_model=16,
-        num_layers=1,
-        num_heads=2,
-        d_ff=32,
-        position="rotary",
-        max_length=512,
-    )
-    return LocalChatModel(LanguageModel(config).eval(), tokenizer)
 
 
 @pytest.mark.verifies(

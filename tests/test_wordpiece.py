@@ -12,6 +12,7 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
+from conftest import mutate
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -279,10 +280,7 @@ def test_saves_and_loads(small, minilm, tmp_path):
 def test_a_mutated_file_is_refused_or_the_same(small, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("mutated") / "wordpiece.json"
     small.save(path)
-    whole = path.read_bytes()
-    start = data.draw(st.integers(0, len(whole)))
-    end = data.draw(st.integers(start, min(start + 20, len(whole))))
-    path.write_bytes(whole[:start] + data.draw(st.binary(max_size=20)) + whole[end:])
+    mutate(path, data)
     try:
         loaded = WordPieceTokenizer.load(path)
     except ValueError as error:

@@ -10,7 +10,7 @@ one of these walls leaves the others.
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,18 +231,6 @@ def run_select(
     path = Path(database)
     if not path.is_file():
         raise FileNotFoundError(f"there is no database {path.name}")
-    allowed = {} if schema is None else schema.tables
-    functions = {"like", *AGGREGATES.values()}
-
-    def authorise(action, first, second, *_):
-        if action == sqlite3.SQLITE_SELECT:
-            return sqlite3.SQLITE_OK
-        if action == sqlite3.SQLITE_READ and first in allowed and (not second or second in allowed[first]):
-            return sqlite3.SQLITE_OK
-        if action == sqlite3.SQLITE_FUNCTION and second in functions:
-            return sqlite3.SQLITE_OK
-        return sqlite3.SQLITE_DENY
-
     steps = 0
 
     def progress():
@@ -254,7 +242,7 @@ def run_select(
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2**20)  # bytes of a value or a statement
             connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-            connection.set_authorizer(authorise)
+            connection.set_authorizer(_authoriser({} if schema is None else schema.tables))
             connection.set_progress_handler(progress, 1000)
             return connection.execute(sql, values).fetchmany(MAX_ROWS)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
@@ -322,6 +310,22 @@ def fill_query(
     options = sorted(named[column] or values[column], key=len, reverse=True)
     value = options[0] if named[column] else ask(3, f"Which {column} does the question name?", options)
     return check_query(TableQuery(table, (asked,), (Condition(column, "=", value),)), schema)
+
+
+def _authoriser(allowed: Mapping[str, Mapping[str, str]]) -> Callable[..., int]:
+    """What SQLite asks about each access of a statement: it may select, and read what is listed."""
+    functions = {"like", *AGGREGATES.values()}
+
+    def authorise(action, first, second, *_):
+        if action == sqlite3.SQLITE_SELECT:
+            return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_READ and first in allowed and (not second or second in allowed[first]):
+            return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_FUNCTION and second in functions:
+            return sqlite3.SQLITE_OK
+        return sqlite3.SQLITE_DENY
+
+    return authorise
 
 
 def _check_condition(condition: Condition, kind: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from companion._checks import check_choice, check_positive
 from companion.chat import ChatModel, LocalChatModel
+from companion.rag.evaluate import contains_answer
 from companion.rag.fusion import reciprocal_rank_fusion
 from companion.rag.load import Document
 from companion.rag.prompt import (
@@ -254,6 +255,26 @@ class Pipeline:
             report = check_citations(text, chosen)
             detail.update(claims=len(report.claims), refused=report.refused, supported=report.is_supported)
         return Answer(text, tuple(chosen), report, log_prob, trace)
+
+    def evaluate(self, cases: Sequence[tuple[str, Sequence[str]]]) -> dict[str, np.ndarray]:
+        """Ask questions whose answers are known: one number a question, for `companion.rag.evaluate`.
+
+        Args:
+            cases: pairs of a question and its accepted answers.
+
+        Returns:
+            "retrieved": 1 where a passage given to the model holds an accepted answer, else 0.
+            "answered": 1 where the answer does. "supported": 1 where its citations hold its words.
+            "seconds": from question to answer.
+        """
+        rows = []
+        for question, truths in cases:
+            answer = self.ask(question)
+            retrieved = any(contains_answer(passage.text, truths) for passage in answer.passages)
+            answered = contains_answer(answer.text, truths)
+            rows.append((retrieved, answered, answer.report.is_supported, answer.trace.seconds))
+        table = np.array(rows, dtype=float).reshape(-1, 4)
+        return dict(zip(("retrieved", "answered", "supported", "seconds"), table.T, strict=True))
 
     def _sparse_index(self) -> tuple[BM25, list[str]]:
         """BM25 over the store's passages, built when it is first needed after a change."""
