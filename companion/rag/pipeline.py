@@ -262,10 +262,9 @@ class Pipeline:
         Args:
             cases: pairs of a question and its accepted answers.
 
-        Returns:
-            "retrieved": 1 where a passage given to the model holds an accepted answer, else 0.
-            "answered": 1 where the answer does. "supported": 1 where its citations hold its words.
-            "seconds": from question to answer.
+        Four arrays: "retrieved", 1 where a passage given to the model holds an accepted answer, else 0;
+        "answered", 1 where the answer does; "supported", 1 where its citations hold its words; and "seconds",
+        from question to answer.
         """
         rows = []
         for question, truths in cases:
