@@ -210,8 +210,11 @@ class LocalChatModel(ChatModel):
         self.stop_ids = (self.template.end_id, *stop_ids)
 
     @classmethod
-    def from_gguf(cls, path) -> "LocalChatModel":
+    def from_gguf(cls, path, quantised: str | None = None) -> "LocalChatModel":
         """Model, tokenizer and default system message of a GGUF file that was tuned on ChatML (SmolLM2).
+
+        Args:
+            quantised: how the weights are kept, as in `companion.models.llama.load_gguf`.
 
         Raises ValueError for a malformed file, or for one of another architecture, tokenizer or template.
         """
@@ -221,7 +224,8 @@ class LocalChatModel(ChatModel):
         try:
             tokenizer = BPETokenizer.from_gguf(metadata)
             template = ChatML(tokenizer, default_system=_default_system(metadata))
-            return cls(load_gguf(path), tokenizer, template, () if end is None else (end,))
+            model = load_gguf(path, quantised=quantised)
+            return cls(model, tokenizer, template, () if end is None else (end,))
         except TypeError as error:  # a value of the file has the wrong type
             raise ValueError(f"{path} holds no model to chat with: {error}") from None
 

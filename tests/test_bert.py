@@ -488,6 +488,17 @@ def test_minilm_is_transformers(judge, agree, minilm):
     assert similarity[9, 10] > 0.7  # a question and its answer
 
 
+@pytest.mark.verifies(
+    "companion.models.bert.SentenceEncoder", against="sentence_transformers.SentenceTransformer"
+)
+def test_minilm_is_sentence_transformers(judge, agree, minilm):
+    from sentence_transformers import SentenceTransformer
+
+    theirs = SentenceTransformer(str(asset_path("minilm").parent), device="cpu")
+    expected = theirs.encode(SENTENCES, batch_size=4, show_progress_bar=False)
+    agree(minilm.encode(SENTENCES), expected, tolerance=1e-5, quantity="sentence vectors of all-MiniLM-L6-v2")
+
+
 @pytest.mark.verifies("companion.models.bert.mean_pool", against="enumeration of the tokens")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mean_pool(agree, dtype):

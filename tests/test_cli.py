@@ -89,7 +89,7 @@ def scripted(monkeypatch):
     """`scripted(model)` lets the commands talk with this model, and a person sit before standard input."""
 
     def use(model, person=False):
-        monkeypatch.setattr(cli, "chat_model", lambda *_: model)
+        monkeypatch.setattr(cli, "chat_model", lambda *_, **__: model)
         monkeypatch.setattr(cli, "_is_person", lambda: person)
         return model
 

@@ -62,6 +62,51 @@ def test_product_with_blocks(agree, piece, type_, dtype):
     agree(dx, dy @ weight.to(dtype), tolerance=2e-5, quantity="gradient of the input")
 
 
+@pytest.mark.verifies("companion.quantize.kernels.multiply", against="gguf.quants.dequantize")
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+@pytest.mark.parametrize("type_", ["Q4_0", "Q4_1", "Q8_0"])
+def test_compiled_product_with_blocks(agree, type_, rows):
+    layer = QuantizedLinear.quantise(torch.randn(rows, 96), type_)
+    assert type_ in linear._compiled().PRODUCTS
+    weight = judged(layer).double()
+    for shape in ((96,), (1, 1, 96), (2, 4, 96)):
+        x = torch.randn(*shape[:-1], 192)[..., ::2]  # not contiguous
+        with torch.no_grad():
+            agree(layer(x), F.linear(x.double(), weight).float(), tolerance=1e-5, quantity="output")
+
+
+@pytest.mark.verifies("companion.quantize.kernels.multiply", against="torch._weight_int8pack_mm")
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_compiled_product_with_int8(agree, rows):
+    layer, x = QuantizedLinear.quantise(torch.randn(rows, 37)), torch.randn(8, 37)
+    theirs = torch._weight_int8pack_mm(x, layer.weight, layer.scale)
+    agree(layer(x), theirs, tolerance=1e-5, quantity="output, int8 a row")
+
+
+def test_an_infinite_scale_is_no_number_in_both_products(monkeypatch):
+    layer = QuantizedLinear.quantise(torch.randn(5, 32), "Q4_0")
+    layer.weight[2, :2] = torch.tensor([0x00, 0x7C], dtype=torch.uint8)  # float16's infinity
+    x = torch.ones(1, 32)
+    found = layer(x)
+    monkeypatch.setattr(linear, "_compiled", lambda: None)
+    assert torch.equal(found.isfinite(), layer(x).isfinite())
+    assert found.isfinite().tolist() == [[True, True, False, True, True]]
+
+
+@pytest.mark.parametrize("type_", ["int8", "Q4_1"])
+def test_serves_without_numba(monkeypatch, type_):
+    layer, x = QuantizedLinear.quantise(torch.randn(6, 64), type_), torch.randn(2, 64)
+    compiled = layer(x)
+    monkeypatch.setitem(sys.modules, "companion.quantize.kernels", None)
+    monkeypatch.delattr("companion.quantize.kernels", raising=False)
+    linear._compiled.cache_clear()
+    try:
+        assert linear._compiled() is None
+        torch.testing.assert_close(layer(x), compiled, rtol=1e-5, atol=1e-5)
+    finally:
+        linear._compiled.cache_clear()
+
+
 @pytest.mark.verifies("companion.quantize.linear.QuantizedEmbedding", against="gguf.quants.dequantize")
 def test_embedding_and_tied_logits(agree, piece):
     embedding = QuantizedEmbedding.quantise(torch.randn(19, 64), "Q4_1")

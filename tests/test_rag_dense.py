@@ -95,6 +95,33 @@ def test_info_nce(agree, batch, hard, symmetric):
         agree(mine, theirs, tolerance=1e-13, quantity=name)
 
 
+@pytest.mark.verifies(
+    "companion.rag.dense.info_nce", against="sentence_transformers.losses.MultipleNegativesRankingLoss"
+)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("hard", [0, 5])
+def test_info_nce_is_sentence_transformers(agree, hard, symmetric):
+    """Their class embeds texts; here its model hands out vectors that we choose."""
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    both = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    judge = MultipleNegativesRankingLoss(
+        lambda features: {"sentence_embedding": features["vectors"]}, **(both if symmetric else {})
+    )
+    columns = [_rows(5, 6), _rows(5, 6), *([_rows(hard, 6)] if hard else [])]
+    mine, theirs = ([x.clone().requires_grad_() for x in columns] for _ in range(2))
+    loss = info_nce(mine[0], mine[1], hard_negatives=mine[2] if hard else None, symmetric=symmetric)
+    expected = judge([{"vectors": x} for x in theirs], None)
+    agree(loss, expected, tolerance=1e-13, quantity="loss")
+    for x, own, other in zip(
+        ("queries", "documents", "hard negatives"),
+        torch.autograd.grad(loss, mine),
+        torch.autograd.grad(expected, theirs),
+        strict=False,
+    ):
+        agree(own, other, tolerance=1e-13, quantity=f"gradient, {x}")
+
+
 def test_info_nce_by_hand():
     """Two orthogonal pairs: −log(e^(1/t) / (e^(1/t) + 1)); a document twice in the batch costs log 2."""
     x = torch.eye(2, dtype=torch.float64)

@@ -1,8 +1,9 @@
-"""Matrices that stay quantised in memory and are decoded, a few rows at a time, inside the product.
+"""Matrices that stay quantised in memory and are decoded inside the product.
 
 A decoded matrix would take the memory that quantising it saved. So y = x Wᵀ is computed for some hundred rows
-of W at once: they are decoded into a piece that fits the processor's cache, multiplied, and forgotten. What
-stays in memory is one of
+of W at once: they are decoded into a piece that fits the processor's cache, multiplied, and forgotten. For
+the one or few rows of x that choosing a token has, decoding is most of it; `companion.quantize.kernels`
+does it in the processor's registers, where numba is installed. What stays in memory is one of
 
     "int8"         one signed byte a weight, one float32 a row: w = scale · q (`companion.quantize.uniform`)
     a GGUF type    the blocks of a GGUF file as they lie there (`companion.quantize.blocks`)
@@ -12,7 +13,9 @@ PyTorch has the first product as `torch._weight_int8pack_mm`; llama.cpp's kernel
 activations as well.
 """
 
+import functools
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,7 @@ from companion._checks import check_choice, check_features, check_floating, chec
 from companion.quantize import blocks, uniform
 
 _PIECE = 1 << 18  # weights decoded at a time: a megabyte in float32
+_FEW = 8  # rows of x up to which decoding for each of them anew is the quicker way
 _QUANTISED_AT_ONCE = 1 << 21  # weights, so that a large matrix needs little memory beside itself
 
 
@@ -85,6 +89,11 @@ class QuantizedMatrix(nn.Module):
         A gradient flows to x; the decoded pieces are then kept until the backward pass.
         """
         check_features("x", x, self.shape[1])
+        if x.numel() <= _FEW * self.shape[1] and (kernels := self._kernels(x)) is not None:
+            inputs = x.detach().reshape(-1, self.shape[1]).contiguous().numpy()
+            scale = None if self.scale is None else self.scale.numpy()
+            y = kernels.multiply(self.weight.contiguous().numpy(), self.type, inputs, scale)
+            return torch.from_numpy(y).view(*x.shape[:-1], -1)
         pieces, step = [], max(1, _PIECE // self.shape[1])
         for start in range(0, self.shape[0], step):
             index = slice(start, start + step)
@@ -93,6 +102,15 @@ class QuantizedMatrix(nn.Module):
             else:  # a row's scale is one number's, after the product
                 pieces.append(F.linear(x, self.weight[index].to(x.dtype)) * self.scale[index].to(x.dtype))
         return torch.cat(pieces, -1)
+
+    def _kernels(self, x: Tensor) -> ModuleType | None:
+        """The compiled products, where they serve: float32 on a CPU, and no gradient."""
+        kernels = _compiled()
+        if kernels is None or self.type not in kernels.PRODUCTS or x.dtype != torch.float32:
+            return None
+        if not x.is_cpu or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        return kernels
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]}, {self.shape[1]}, {self.type}"
@@ -150,3 +168,13 @@ class QuantizedEmbedding(QuantizedMatrix):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden · Eᵀ: (..., d_model) → (..., vocab_size), the tied output layer."""
         return self.multiply(hidden)
+
+
+@functools.cache
+def _compiled() -> ModuleType | None:
+    """The module of compiled products; None without numba."""
+    try:
+        from companion.quantize import kernels
+    except ModuleNotFoundError:
+        return None
+    return kernels
