@@ -119,6 +119,29 @@ def test_double_quantisation(agree, blocks):
     assert torch.equal(mine.packed, exact.packed)  # the weights are divided by the exact scales
 
 
+@pytest.mark.parametrize("rows", [1, 37, 259])
+def test_is_bitsandbytes(rows):
+    """To the bit, where the package is installed; it is not in the lock, for it is larger than all judges.
+
+    Of the scales its kernel for the CPU (0.50.2) takes the farther neighbour where two are nearly as near.
+    """
+    theirs = pytest.importorskip("bitsandbytes.functional")
+    x = torch.randn(rows, 128) ** 3
+    assert torch.equal(dynamic_values(), theirs.create_dynamic_map())
+    packed, state = theirs.quantize_4bit(x, blocksize=64, quant_type="nf4", compress_statistics=False)
+    mine = quantise(x, double=False)
+    assert torch.equal(mine.packed.flatten(), packed.flatten())
+    assert torch.equal(mine.dequantise(), theirs.dequantize_4bit(packed, state).view_as(x))
+    _, state = theirs.quantize_4bit(x, blocksize=64, quant_type="nf4", compress_statistics=True)
+    mine, indices = quantise(x), state.absmax.flatten().long()
+    scales = theirs.dequantize_blockwise(state.absmax, state.state2).flatten() + state.offset
+    same = mine.scale == indices
+    assert same.float().mean() > 0.98 and torch.equal(mine.scales()[same], scales[same])
+    largest = x.view(-1, 64).abs().amax(1)
+    near, far = ((largest - s).abs()[~same] for s in (mine.scales(), scales))
+    assert (near <= far).all() and (far <= 1.01 * near + 1e-6).all()
+
+
 def test_cost_and_error():
     """4.5 bits a weight, 4.127 with double quantisation, and less error on normal weights than int4."""
     x = torch.randn(512, 512) * 0.02

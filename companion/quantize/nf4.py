@@ -60,18 +60,15 @@ def normal_float(bits: int = 4) -> Tensor:
 
 
 def dynamic_values() -> Tensor:
-    """The 256 values of the signed 8-bit dynamic type: float32, ascending.
+    """The 256 values of the signed 8-bit dynamic type: float32, ascending, to the bit those of bitsandbytes.
 
     Zero, one, and with both signs seven decades of evenly spaced numbers: 1 in (10⁻⁷, 10⁻⁶), 2 in the next,
     … 64 in (0.1, 1).
     """
-    decades = [
-        10.0 ** (i - 6) * (0.1 + 0.9 * (torch.arange(2**i, dtype=torch.float64) + 0.5) / 2**i)
-        for i in range(7)
-    ]
+    borders = [torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32) for i in range(7)]
+    decades = [10.0 ** (i - 6) * ((b[:-1] + b[1:]) / 2) for i, b in enumerate(borders)]
     positive = torch.cat(decades)
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    return torch.cat([-positive, positive, ends]).sort().values.float()
+    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
 
 
 @dataclass(frozen=True)
