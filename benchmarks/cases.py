@@ -663,16 +663,18 @@ def language_model(small: bool) -> Iterator[Comparison]:
             **options,
         )
 
-    for length, at_most in zip(prompts, (1.05, 0.9), strict=True):
+    for length, bounds in zip(prompts, ((1.05, 0.6), (0.9, None)), strict=True):
         ids = torch.arange(length)[None] % 29 + 1
-        yield Comparison(
-            f"SmolLM2 decoding after {length:,} tokens",
-            f"{tokens} tokens, batch 1, float32, {weights}",
-            "transformers.LlamaForCausalLM",
-            decode(mine, ids),
-            decode_theirs(ids),
-            at_most=at_most,
-        )
+        ways = (mine, ""), (kept["blocks"], ", its matrices kept as the file's 4-bit blocks")
+        for (model, how), at_most in zip(ways, bounds, strict=True):
+            yield Comparison(
+                f"SmolLM2 decoding after {length:,} tokens{how}",
+                f"{tokens} tokens, batch 1, float32, {weights}",
+                "transformers.LlamaForCausalLM",
+                decode(model, ids),
+                decode_theirs(ids),
+                at_most=at_most,
+            )
     ids = torch.arange(prompts[0])[None] % 29 + 1
     flat = torch.ones(size // 4)
     target = torch.empty_like(flat)
@@ -706,6 +708,48 @@ def language_model(small: bool) -> Iterator[Comparison]:
         lambda: torch.no_grad()(lambda: theirs(ids, use_cache=True, logits_to_keep=1)),
         at_most=1.1,
     )
+
+
+def speculative_decoding(small: bool) -> Iterator[Comparison]:
+    """SmolLM2 decoding greedily with proposals looked up in its prompt: where they pay, and where not."""
+    from companion.chat import ChatML, Message
+    from companion.data.assets import asset_path
+    from companion.generate import PromptLookup, generate, speculative_generate
+    from companion.models.llama import load_gguf
+    from companion.quantize.gguf import GGUFFile
+
+    passage = (  # Abraham Lincoln, 1863
+        "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived "
+        "in Liberty, and dedicated to the proposition that all men are created equal. Now we are engaged in "
+        "a great civil war, testing whether that nation, or any nation so conceived and so dedicated, can "
+        "long endure."
+    )
+    requests = {"repeating a passage": f"Repeat this text word for word:\n\n{passage}"}
+    requests["answering a question"] = "Why is the sky blue?"
+    with tempfile.TemporaryDirectory() as folder:
+        path = _small_gguf(Path(folder)) if small else asset_path("smollm2")
+        model = load_gguf(path)
+        if small:
+            prompts = [torch.arange(n)[None] % 5 for n in (9, 3)]
+        else:
+            with GGUFFile.open(path) as file:
+                template = ChatML(BPETokenizer.from_gguf(file.metadata))
+            prompts = [torch.tensor([template.encode([Message("user", text)])]) for text in requests.values()]
+    tokens = 5 if small else 60
+    options = {"max_new_tokens": tokens, "greedy": True}
+    for task, ids, at_most in zip(requests, prompts, (0.8, None), strict=True):
+        lookup = partial(speculative_generate, model, PromptLookup(), ids, num_draft=8, **options)
+        plain = partial(generate, model, ids, **options)
+        result = lookup()
+        assert torch.equal(result.ids, plain())
+        yield Comparison(
+            f"SmolLM2 {task}, prompt lookup",
+            f"{tokens} tokens in {result.passes} passes, after {ids.shape[1]}, float32",
+            "the same model, a token a pass",
+            lambda run=lookup: run,
+            lambda run=plain: run,
+            at_most=at_most,
+        )
 
 
 def _small_gguf(folder: Path) -> Path:
@@ -766,5 +810,6 @@ ALL = (
     gguf_header,
     gguf_decoding,
     language_model,
+    speculative_decoding,
     sentence_encoder,
 )

@@ -20,6 +20,7 @@ from companion._checks import (
     check_features,
     check_floating,
     check_ids,
+    check_index,
     check_positive,
     check_probability,
 )
@@ -245,6 +246,14 @@ class KVCache:
         if self._keys is not None:
             check_ids("indices", indices, self._keys.shape[0], dims=1)
             self._keys, self._values = self._keys[indices], self._values[indices]
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions but the first `length`: speculative decoding takes back what it read in vain.
+
+        The buffers stay, so that views taken before show what is appended next.
+        """
+        check_index("length", length, self.length + 1)
+        self.length = length
 
     def _grown(self, buffer: Tensor | None, new: Tensor, needed: int) -> Tensor:
         capacity = max(needed, self.capacity if buffer is None else 2 * buffer.shape[-2])

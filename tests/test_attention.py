@@ -790,6 +790,22 @@ def test_the_cache_is_a_concatenation_of_what_was_appended(agree):
         agree(view, whole[rows], tolerance=0, quantity="contents reordered")
 
 
+@pytest.mark.verifies("companion.attention.KVCache", against="torch.cat")
+@pytest.mark.parametrize("length", [0, 1, 16, 22])
+def test_a_truncated_cache_goes_on_from_where_it_was_cut(agree, length):
+    cache, parts = KVCache(), [(torch.randn(3, 2, n, 4), torch.randn(3, 2, n, 5)) for n in (9, 13, 8)]
+    for keys, values in parts[:2]:
+        cache.append(keys, values)
+    buffer = cache.view()[0].data_ptr()
+    cache.truncate(length)
+    assert cache.length == length and cache.view()[1].shape == (3, 2, length, 5)
+    cache.append(*parts[2])
+    for view, *held in zip(cache.view(), *parts, strict=True):
+        expected = torch.cat((torch.cat(held[:2], 2)[:, :, :length], held[2]), 2)
+        agree(view, expected, tolerance=0, quantity="contents truncated")
+    assert cache.view()[0].data_ptr() == buffer  # room for 32 positions, and never moved
+
+
 def test_the_cache_is_moved_a_logarithmic_number_of_times():
     cache, moves, address = KVCache(), 0, None
     for _ in range(1000):
@@ -990,6 +1006,9 @@ def test_a_context_must_be_given_where_its_size_differs():
             ValueError,
             "indices must lie in 0 … 1, got values from 0 to 2",
         ),
+        (lambda m, c: c.truncate(5), ValueError, "length must lie in 0 … 4, got 5"),
+        (lambda m, c: c.truncate(-1), ValueError, "length must lie in 0 … 4, got -1"),
+        (lambda m, c: c.truncate(2.0), TypeError, "length must be an int, got float"),
     ],
 )
 def test_a_filled_cache_refuses_what_does_not_fit_and_keeps_what_it_holds(call, error, match):

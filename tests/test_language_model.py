@@ -390,6 +390,22 @@ def test_a_cache_follows_its_rows():
         torch.testing.assert_close(continued, model(ids[rows])[:, 4:], rtol=0, atol=1e-12)
 
 
+@pytest.mark.verifies(
+    "companion.models.language_model.LanguageModelCache", against="LanguageModel without a cache"
+)
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("length", [0, 1, 9])
+def test_a_truncated_cache_has_not_seen_what_it_forgot(agree, position, length):
+    model, ids, other = build(torch.float64, position=position), random_ids(3, 9), random_ids(3, 5)
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(ids, cache=cache)
+        cache.truncate(length)
+        assert [layer.length for layer in cache.layers] == [length] * 2
+        continued, whole = model(other, cache=cache), model(torch.cat((ids[:, :length], other), 1))
+    agree(continued, whole[:, length:], tolerance=1e-11, quantity="logits after a cut")
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("changed", [1, 4, 6])
@@ -621,6 +637,8 @@ IDS = torch.ones(2, 3, dtype=torch.long)
         ),
         (lambda m, c: m(IDS, cache=KVCache()), TypeError, "cache must be a LanguageModelCache, got KVCache"),
         (lambda m, c: m(IDS, cache=LanguageModelCache(3)), ValueError, "cache must have 2 layers, got 3"),
+        (lambda m, c: c.truncate(5), ValueError, "length must lie in 0 … 4, got 5"),
+        (lambda m, c: c.truncate(None), TypeError, "length must be an int, got NoneType"),
         (lambda m, c: m.logits(torch.ones(2, 23)), ValueError, r"hidden must have shape \(..., 24\)"),
     ],
 )

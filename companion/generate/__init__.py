@@ -12,6 +12,15 @@ from companion.generate.sampling import (
     top_p,
     typical,
 )
+from companion.generate.speculative import (
+    ModelDrafter,
+    PromptLookup,
+    Round,
+    Speculation,
+    speculative_generate,
+    speculative_stream,
+    speculative_verify,
+)
 from companion.generate.stream import (
     Completion,
     Piece,
@@ -25,8 +34,12 @@ __all__ = [
     "Completion",
     "Copying",
     "Hypothesis",
+    "ModelDrafter",
     "OneOf",
     "Piece",
+    "PromptLookup",
+    "Round",
+    "Speculation",
     "StopStrings",
     "StreamDecoder",
     "beam_search",
@@ -38,6 +51,9 @@ __all__ = [
     "min_p",
     "repetition_penalty",
     "sample",
+    "speculative_generate",
+    "speculative_stream",
+    "speculative_verify",
     "temperature",
     "top_k",
     "top_p",

@@ -224,22 +224,11 @@ def generate(
     Returns: (batch, n + m), m ≤ max_new_tokens, the prompts and their continuations. A row that has ended
     holds eos_id from there on; the loop stops when all have.
     """
-    _check_evaluation(model)
-    config = model.config
-    if not config.causal:
-        raise ValueError("model must be causal: with later tokens in view there is no next one to predict")
-    check_ids("ids", ids, config.vocab_size, dims=2)
-    check_positive("max_new_tokens", max_new_tokens)
-    read = ids.shape[1] + max_new_tokens - 1  # the last token is not read
-    if config.position == "learned" and read > config.max_length:
-        raise ValueError(
-            f"max_new_tokens must be at most {config.max_length + 1 - ids.shape[1]} after a prompt of "
-            f"{ids.shape[1]} tokens, for the model's {config.max_length} positions, got {max_new_tokens}"
-        )
+    _check_continuation(model, ids, max_new_tokens)
     if eos_id is not None:
-        check_index("eos_id", eos_id, config.vocab_size)
+        check_index("eos_id", eos_id, model.config.vocab_size)
     ids = ids.long()
-    _check_drawing(filters, generator, ids, config.vocab_size)
+    _check_drawing(filters, generator, ids, model.config.vocab_size)
     cache = model.new_cache() if use_cache else None
 
     def next_logits(new: Tensor) -> Tensor:
@@ -299,6 +288,26 @@ def _check_mass(p: float) -> None:
     check_number("p", p)
     if not 0 < p <= 1:
         raise ValueError(f"p must lie in (0, 1], got {p}")
+
+
+def _check_causal(model: torch.nn.Module) -> None:
+    _check_evaluation(model)
+    if not model.config.causal:
+        raise ValueError("model must be causal: with later tokens in view there is no next one to predict")
+
+
+def _check_continuation(model: torch.nn.Module, ids: Tensor, max_new_tokens: int) -> None:
+    """Refuse a model that cannot continue the prompts (batch, n) by so many tokens."""
+    _check_causal(model)
+    config = model.config
+    check_ids("ids", ids, config.vocab_size, dims=2)
+    check_positive("max_new_tokens", max_new_tokens)
+    read = ids.shape[1] + max_new_tokens - 1  # the last token is not read
+    if config.position == "learned" and read > config.max_length:
+        raise ValueError(
+            f"max_new_tokens must be at most {config.max_length + 1 - ids.shape[1]} after a prompt of "
+            f"{ids.shape[1]} tokens, for the model's {config.max_length} positions, got {max_new_tokens}"
+        )
 
 
 def _check_drawing(

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from companion._checks import check_ids, check_index, check_positive
-from companion.generate.decoding import _check_evaluation
-from companion.generate.sampling import Filter, _check_drawing, _draw, _filter, _precise
+from companion.generate.sampling import Filter, _check_causal, _check_drawing, _draw, _filter, _precise
 from companion.models.language_model import LanguageModel
 
 CAPACITY = 1024  # new tokens for which the cache makes room at once; beyond them its buffers double
@@ -198,10 +197,7 @@ def generate_stream(
     the original length, the angles follow from the longest prompt: prompts must then be of one length.
     """
     ids = _check_prompts(model, tokenizer, prompts, max_new_tokens)
-    if isinstance(stop_ids, int):
-        raise TypeError("stop_ids must be a sequence of ints, got one int")
-    for token in (stop_ids := tuple(stop_ids)):
-        check_index("stop_ids", token, model.config.vocab_size)
+    stop_ids = _check_stop_ids(stop_ids, model.config.vocab_size)
     writers = [_Writer(tokenizer, prompt, stop, stop_ids) for prompt in ids]
     device = model.embedding.weight.device
     _check_drawing(filters, generator, torch.tensor(ids[:1], device=device), model.config.vocab_size)
@@ -315,10 +311,8 @@ def _check_prompts(
     model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence, max_new_tokens: int
 ) -> list[list[int]]:
     """The prompts' ids, where the model can continue them."""
-    _check_evaluation(model)
+    _check_causal(model)
     config = model.config
-    if not config.causal:
-        raise ValueError("model must be causal: with later tokens in view there is no next one to predict")
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts must be a sequence of prompts, got one {type(prompts).__name__}")
     if not prompts:
@@ -340,6 +334,14 @@ def _check_prompts(
             f"tokens, got {shortest} … {longest}"
         )
     return ids
+
+
+def _check_stop_ids(stop_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    if isinstance(stop_ids, int):
+        raise TypeError("stop_ids must be a sequence of ints, got one int")
+    for token in (stop_ids := tuple(stop_ids)):
+        check_index("stop_ids", token, vocab_size)
+    return stop_ids
 
 
 def _ids_of(name: str, prompt: object, tokenizer: Tokenizer, vocab_size: int) -> list[int]:

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from companion._checks import check_choice, check_ids, check_number, check_positive, check_probability
+from companion._checks import (
+    check_choice,
+    check_ids,
+    check_index,
+    check_number,
+    check_positive,
+    check_probability,
+)
 from companion.attention import KVCache, MultiHeadAttention
 from companion.embeddings import TokenEmbedding
 from companion.feedforward import ACTIVATIONS, FeedForward, GeGLU, SwiGLU
@@ -141,6 +148,12 @@ class LanguageModelCache:
         """Replace batch row i by row indices[i] in every layer."""
         for layer in self.layers:
             layer.reorder(indices)
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions but the first `length` in every layer; the buffers stay."""
+        check_index("length", length, self.length + 1)
+        for layer in self.layers:
+            layer.truncate(length)
 
 
 class LanguageModelLayer(_Layer):
