@@ -6,10 +6,11 @@ write each decoded weight to memory and read it back. The loops here decode a bl
 the processor's registers. Weights and arithmetic are float32's, the weights bit for bit those of
 `companion.quantize.blocks`; only the order of the sums differs.
 
-One stream of bytes does not keep the memory busy, so each loop reads `_STREAMS` rows at once, far from one
-another, and the processor fetches ahead in all of them. Everything runs on one thread. How the loops are
-written matters as much as what they say, for the compiler must see that they can go by vectors: functions are
-inlined, integers have 32 bits, and sums go to an array.
+One stream of bytes does not keep the memory busy, so each loop reads four rows at once, far from one another,
+and the processor fetches ahead in all of them. Everything runs on one thread. How the loops are written
+matters as much as what they say, for the compiler must see that they can go by vectors: functions are
+inlined, weights become integers of 32 bits, indices are unsigned (a negative one would count from the end),
+and nothing is sliced inside.
 """
 
 from collections.abc import Callable
@@ -17,10 +18,9 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
-_STREAMS = 4
 _HALF = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)  # float16 by its bits
 _FAST = {"reassoc", "contract", "nsz"}  # sums in any order; infinities and NaN stay what they are
-f32, i32 = np.float32, np.int32
+f32, i32, u64 = np.float32, np.int32, np.uint64
 
 
 def multiply(raw: np.ndarray, type: str, x: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
@@ -43,69 +43,63 @@ def multiply(raw: np.ndarray, type: str, x: np.ndarray, scale: np.ndarray | None
     return y
 
 
+# What a block adds to a row's 32 sums. raw and halves: all bytes, and their pairs; at: the first byte of the
+# block; c: its first column.
+
+
 @njit(fastmath=_FAST, inline="always")
-def _q4_0(bytes_, halves, half, x, acc):
-    d = half[halves[0]]
+def _q4_0(raw, halves, half, row, at, x, c, sums):
+    d = half[halves[row, at >> u64(1)]]
     m = f32(-8) * d
-    low, high = x[:16], x[16:]
-    for i in range(16):
-        q = bytes_[2 + i]
-        acc[i] += (f32(i32(q & 15)) * d + m) * low[i] + (f32(i32(q >> 4)) * d + m) * high[i]
+    for i in range(u64(16)):
+        q = raw[row, at + u64(2) + i]
+        low, high = f32(i32(q & 15)) * d + m, f32(i32(q >> 4)) * d + m
+        sums[i] += low * x[c + i] + high * x[c + u64(16) + i]
 
 
 @njit(fastmath=_FAST, inline="always")
-def _q4_1(bytes_, halves, half, x, acc):
-    d, m = half[halves[0]], half[halves[1]]
-    low, high = x[:16], x[16:]
-    for i in range(16):
-        q = bytes_[4 + i]
-        acc[i] += (f32(i32(q & 15)) * d + m) * low[i] + (f32(i32(q >> 4)) * d + m) * high[i]
+def _q4_1(raw, halves, half, row, at, x, c, sums):
+    d, m = half[halves[row, at >> u64(1)]], half[halves[row, (at >> u64(1)) + u64(1)]]
+    for i in range(u64(16)):
+        q = raw[row, at + u64(4) + i]
+        low, high = f32(i32(q & 15)) * d + m, f32(i32(q >> 4)) * d + m
+        sums[i] += low * x[c + i] + high * x[c + u64(16) + i]
 
 
 @njit(fastmath=_FAST, inline="always")
-def _q8_0(bytes_, halves, half, x, acc):
-    d = half[halves[0]]
-    for i in range(32):
-        acc[i] += f32(i32(np.int8(bytes_[2 + i]))) * d * x[i]
+def _q8_0(raw, halves, half, row, at, x, c, sums):
+    d = half[halves[row, at >> u64(1)]]
+    for i in range(u64(32)):
+        sums[i] += f32(i32(np.int8(raw[row, at + u64(2) + i]))) * d * x[c + i]
 
 
-def _over_blocks(accumulate: Callable, size: int) -> Callable:
-    """The product for a type whose blocks hold 32 weights in `size` bytes.
-
-    accumulate(bytes, their pairs as uint16, float16 by its bits, 32 numbers of x, acc) adds the 32 terms of a
-    block to the 32 sums of acc.
-    """
+def _over_blocks(add_block: Callable, size: int) -> Callable:
+    """The product for a type whose blocks hold 32 weights in `size` bytes."""
 
     @njit(fastmath=_FAST, nogil=True)
     def product(raw, halves, half, x, y):
-        rows, blocks = raw.shape[0], raw.shape[1] // size
-        apart = (rows + _STREAMS - 1) // _STREAMS
-        acc = np.empty((_STREAMS, 32), np.float32)
+        num_rows, num_blocks = u64(raw.shape[0]), u64(raw.shape[1] // size)
+        apart, last = (num_rows + u64(3)) // u64(4), num_rows - u64(1)
+        rows, sums = np.empty(4, np.uint64), np.empty((4, 32), np.float32)
         for t in range(len(x)):
+            inputs = x[t]
             for first in range(apart):
-                acc[:] = 0
-                for b in range(blocks):
-                    part = x[t, 32 * b : 32 * b + 32]
-                    for j in range(_STREAMS):
-                        row = min(first + j * apart, rows - 1)  # the last row again where they do not divide
-                        start = size * b
-                        accumulate(
-                            raw[row, start : start + size],
-                            halves[row, start // 2 : (start + size) // 2],
-                            half,
-                            part,
-                            acc[j],
-                        )
-                for j in range(_STREAMS):
-                    y[t, min(first + j * apart, rows - 1)] = acc[j].sum()
+                sums[:] = 0
+                for j in range(u64(4)):
+                    rows[j] = min(first + j * apart, last)  # the last again where four do not divide
+                for b in range(num_blocks):
+                    for j in range(u64(4)):
+                        add_block(raw, halves, half, rows[j], b * u64(size), inputs, b * u64(32), sums[j])
+                for j in range(u64(4)):
+                    y[t, rows[j]] = sums[j].sum()
 
     return product
 
 
 @njit(fastmath=_FAST, nogil=True)
 def _int8(raw, scale, x, y):
-    rows, columns = raw.shape
-    apart, last = (rows + 3) // 4, rows - 1
+    num_rows, columns = raw.shape
+    apart, last = (num_rows + 3) // 4, num_rows - 1
     for t in range(len(x)):
         inputs = x[t]
         for i in range(apart):

@@ -17,6 +17,7 @@ import functools
 import math
 from types import ModuleType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,10 +91,10 @@ class QuantizedMatrix(nn.Module):
         """
         check_features("x", x, self.shape[1])
         if x.numel() <= _FEW * self.shape[1] and (kernels := self._kernels(x)) is not None:
-            inputs = x.detach().reshape(-1, self.shape[1]).contiguous().numpy()
+            inputs = np.ascontiguousarray(x.detach().numpy()).reshape(-1, self.shape[1])
             scale = None if self.scale is None else self.scale.numpy()
             y = kernels.multiply(self.weight.contiguous().numpy(), self.type, inputs, scale)
-            return torch.from_numpy(y).view(*x.shape[:-1], -1)
+            return torch.from_numpy(y.reshape(*x.shape[:-1], -1))
         pieces, step = [], max(1, _PIECE // self.shape[1])
         for start in range(0, self.shape[0], step):
             index = slice(start, start + step)
