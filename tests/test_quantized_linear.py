@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from companion.data.assets import asset_path
 from companion.embeddings import TokenEmbedding
 from companion.models.llama import load_gguf
-from companion.quantize import linear, uniform
+from companion.quantize import kernels, linear, uniform
 from companion.quantize.linear import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "F16")
@@ -81,6 +81,22 @@ def test_compiled_product_with_int8(agree, rows):
     layer, x = QuantizedLinear.quantise(torch.randn(rows, 37)), torch.randn(8, 37)
     theirs = torch._weight_int8pack_mm(x, layer.weight, layer.scale)
     agree(layer(x), theirs, tolerance=1e-5, quantity="output, int8 a row")
+
+
+def test_the_compiled_product_refuses_what_it_would_read_beyond():
+    raw, x = np.zeros((3, 36), np.uint8), np.zeros((2, 64), np.float32)
+    assert kernels.multiply(raw, "Q4_0", x).shape == (2, 3)
+    for arguments, match in (
+        ((raw, "Q6_K", x), "type must be one of 'int8', 'Q4_0'"),
+        ((raw[:, :35], "Q4_0", x), r"raw must hold rows of whole blocks of Q4_0, got uint8 \(3, 35\)"),
+        ((raw, "int8", x), "raw must hold rows of whole blocks of int8, got uint8"),
+        ((raw, "Q4_0", x[:, :32]), r"x must be float32 with the columns of raw \(3, 36\), got .* \(2, 32\)"),
+        ((raw, "Q4_0", x.astype(np.float64)), "x must be float32"),
+        ((raw, "Q4_0", x, np.ones(3)), "scale must be one number a row for int8 and None for blocks"),
+        ((raw.view(np.int8), "int8", x[:, :36], np.ones(2)), "scale must be one number a row"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            kernels.multiply(*arguments)
 
 
 def test_an_infinite_scale_is_no_number_in_both_products(monkeypatch):

@@ -18,6 +18,9 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
+from companion._checks import check_choice
+from companion.quantize.blocks import BLOCKS
+
 _HALF = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)  # float16 by its bits
 _FAST = {"reassoc", "contract", "nsz"}  # sums in any order; infinities and NaN stay what they are
 f32, i32, u64 = np.float32, np.int32, np.uint64
@@ -34,7 +37,17 @@ def multiply(raw: np.ndarray, type: str, x: np.ndarray, scale: np.ndarray | None
         scale: float32 (rows,), with "int8" only.
 
     Returns: float32 (m, rows).
+
+    Raises ValueError where these do not fit together: the loops look at no bounds.
     """
+    check_choice("type", type, PRODUCTS)
+    size, num_bytes = (1, 1) if type == "int8" else BLOCKS[type]
+    if raw.dtype != (np.int8 if type == "int8" else np.uint8) or raw.ndim != 2 or raw.shape[1] % num_bytes:
+        raise ValueError(f"raw must hold rows of whole blocks of {type}, got {raw.dtype} {raw.shape}")
+    if x.dtype != np.float32 or x.ndim != 2 or x.shape[1] != raw.shape[1] // num_bytes * size:
+        raise ValueError(f"x must be float32 with the columns of raw {raw.shape}, got {x.dtype} {x.shape}")
+    if (scale is not None) != (type == "int8") or (scale is not None and scale.shape != raw.shape[:1]):
+        raise ValueError(f"scale must be one number a row for int8 and None for blocks, got {scale!r}")
     y = np.empty((len(x), len(raw)), np.float32)
     if type == "int8":
         _int8(raw, scale, x, y)
