@@ -20,6 +20,7 @@ from companion.chat import ChatModel, ChatPiece, LocalChatModel, Message, Script
 from companion.models.language_model import LanguageModel
 from companion.models.llama import read_config, tensor_names
 from companion.quantize.gguf import write_gguf
+from companion.quantize.linear import QuantizedLinear
 from companion.tokenizers.bpe import BYTE_ORDER, BPETokenizer
 
 ANSI = re.compile(r"\x1b\[")
@@ -251,6 +252,19 @@ def test_chat_and_generate_with_a_file(small):
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("weights", ["blocks", "int8"])
+def test_weights_that_stay_quantised(small, weights):
+    local = LocalChatModel.from_gguf(small, quantised=weights)
+    assert isinstance(local.model.layers[0].feed_forward.down, QuantizedLinear)
+    wanted = local.complete([Message("user", "the cat")], max_tokens=9)
+    result = run("chat", "--model", small, "--weights", weights, "--max-tokens", "9", input="the cat\n")
+    assert result.exit_code == 0 and result.stdout == wanted + "\n"
+    if weights == "blocks":
+        plain, kept = (run("generate", "a", "--model", small, *w) for w in ((), ("--weights", weights)))
+        assert plain.stdout == kept.stdout != ""
+    assert run("chat", "--weights", "int4").exit_code == 2
 
 
 @pytest.mark.parametrize("command", [["chat", "--model"], ["generate", "hi", "--model"], ["inspect"]])
