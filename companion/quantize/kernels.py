@@ -61,22 +61,23 @@ def multiply(raw: np.ndarray, type: str, x: np.ndarray, scale: np.ndarray | None
 
 
 @njit(fastmath=_FAST, inline="always")
-def _q4_0(raw, halves, half, row, at, x, c, sums):
-    d = half[halves[row, at >> u64(1)]]
-    m = f32(-8) * d
+def _add_nibbles(raw, row, at, d, m, x, c, sums):
     for i in range(u64(16)):
-        q = raw[row, at + u64(2) + i]
+        q = raw[row, at + i]
         low, high = f32(i32(q & 15)) * d + m, f32(i32(q >> 4)) * d + m
         sums[i] += low * x[c + i] + high * x[c + u64(16) + i]
 
 
 @njit(fastmath=_FAST, inline="always")
+def _q4_0(raw, halves, half, row, at, x, c, sums):
+    d = half[halves[row, at >> u64(1)]]
+    _add_nibbles(raw, row, at + u64(2), d, f32(-8) * d, x, c, sums)
+
+
+@njit(fastmath=_FAST, inline="always")
 def _q4_1(raw, halves, half, row, at, x, c, sums):
     d, m = half[halves[row, at >> u64(1)]], half[halves[row, (at >> u64(1)) + u64(1)]]
-    for i in range(u64(16)):
-        q = raw[row, at + u64(4) + i]
-        low, high = f32(i32(q & 15)) * d + m, f32(i32(q >> 4)) * d + m
-        sums[i] += low * x[c + i] + high * x[c + u64(16) + i]
+    _add_nibbles(raw, row, at + u64(4), d, m, x, c, sums)
 
 
 @njit(fastmath=_FAST, inline="always")
