@@ -87,12 +87,55 @@ def _q8_0(raw, halves, half, row, at, x, c, sums):
         sums[i] += f32(i32(np.int8(raw[row, at + u64(2) + i]))) * d * x[c + i]
 
 
-def _over_blocks(add_block: Callable, size: int) -> Callable:
-    """The product for a type whose blocks hold 32 weights in `size` bytes."""
+@njit(fastmath=_FAST, inline="always")
+def _q4_k(raw, halves, half, row, at, x, c, sums):
+    d, dmin = half[halves[row, at >> u64(1)]], half[halves[row, (at >> u64(1)) + u64(1)]]
+    packed, numbers = at + u64(4), at + u64(16)
+    for j in range(u64(4)):  # two sub-blocks of 32: the low halves of 32 bytes, and the high ones
+        p = packed + (j & u64(1)) * u64(2)
+        if j < u64(2):
+            s0, s1 = raw[row, p] & 63, raw[row, p + u64(1)] & 63
+            m0, m1 = raw[row, p + u64(4)] & 63, raw[row, p + u64(5)] & 63
+        else:
+            q0, q1 = raw[row, p + u64(8)], raw[row, p + u64(9)]
+            s0, s1 = q0 & 15 | raw[row, p] >> 6 << 4, q1 & 15 | raw[row, p + u64(1)] >> 6 << 4
+            m0, m1 = q0 >> 4 | raw[row, p + u64(4)] >> 6 << 4, q1 >> 4 | raw[row, p + u64(5)] >> 6 << 4
+        d0, d1, n0, n1 = d * f32(i32(s0)), d * f32(i32(s1)), dmin * f32(i32(m0)), dmin * f32(i32(m1))
+        for i in range(u64(32)):
+            q = raw[row, numbers + j * u64(32) + i]
+            low, high = f32(i32(q & 15)) * d0 - n0, f32(i32(q >> 4)) * d1 - n1
+            sums[i] += low * x[c + j * u64(64) + i] + high * x[c + j * u64(64) + u64(32) + i]
+
+
+@njit(fastmath=_FAST, inline="always")
+def _q6_k(raw, halves, half, row, at, x, c, sums):
+    d = half[halves[row, (at >> u64(1)) + u64(104)]]
+    for n in range(u64(4)):  # for each half of 128 weights, two runs of 16 bytes
+        run, k = n >> u64(1), (n & u64(1)) * u64(16)
+        low, high = at + run * u64(64) + k, at + u64(128) + run * u64(32) + k
+        scale = at + u64(192) + run * u64(8) + (n & u64(1))
+        d0 = d * f32(i32(np.int8(raw[row, scale])))
+        d1 = d * f32(i32(np.int8(raw[row, scale + u64(2)])))
+        d2 = d * f32(i32(np.int8(raw[row, scale + u64(4)])))
+        d3 = d * f32(i32(np.int8(raw[row, scale + u64(6)])))
+        column = c + run * u64(128) + k
+        for i in range(u64(16)):
+            a, b, h = raw[row, low + i], raw[row, low + u64(32) + i], raw[row, high + i]
+            w0 = f32(i32(a & 15 | (h & 3) << 4) - i32(32)) * d0
+            w1 = f32(i32(b & 15 | (h >> 2 & 3) << 4) - i32(32)) * d1
+            w2 = f32(i32(a >> 4 | (h >> 4 & 3) << 4) - i32(32)) * d2
+            w3 = f32(i32(b >> 4 | h >> 6 << 4) - i32(32)) * d3
+            sums[i] += w0 * x[column + i] + w1 * x[column + u64(32) + i]
+            sums[i] += w2 * x[column + u64(64) + i] + w3 * x[column + u64(96) + i]
+
+
+def _over_blocks(add_block: Callable, type: str) -> Callable:
+    """The product for a type, of what one of its blocks adds."""
+    size, num_bytes = (u64(n) for n in BLOCKS[type])
 
     @njit(fastmath=_FAST, nogil=True)
     def product(raw, halves, half, x, y):
-        num_rows, num_blocks = u64(raw.shape[0]), u64(raw.shape[1] // size)
+        num_rows, num_blocks = u64(raw.shape[0]), u64(raw.shape[1]) // num_bytes
         apart, last = (num_rows + u64(3)) // u64(4), num_rows - u64(1)
         rows, sums = np.empty(4, np.uint64), np.empty((4, 32), np.float32)
         for t in range(len(x)):
@@ -103,7 +146,7 @@ def _over_blocks(add_block: Callable, size: int) -> Callable:
                     rows[j] = min(first + j * apart, last)  # the last again where four do not divide
                 for b in range(num_blocks):
                     for j in range(u64(4)):
-                        add_block(raw, halves, half, rows[j], b * u64(size), inputs, b * u64(32), sums[j])
+                        add_block(raw, halves, half, rows[j], b * num_bytes, inputs, b * size, sums[j])
                 for j in range(u64(4)):
                     y[t, rows[j]] = sums[j].sum()
 
@@ -129,9 +172,5 @@ def _int8(raw, scale, x, y):
             y[t, k], y[t, m] = s2 * scale[k], s3 * scale[m]
 
 
-PRODUCTS = {
-    "int8": _int8,
-    "Q4_0": _over_blocks(_q4_0, 18),
-    "Q4_1": _over_blocks(_q4_1, 20),
-    "Q8_0": _over_blocks(_q8_0, 34),
-}
+_ADD_BLOCK = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q6_K": _q6_k}
+PRODUCTS = {"int8": _int8} | {type: _over_blocks(add, type) for type, add in _ADD_BLOCK.items()}
