@@ -665,11 +665,11 @@ def language_model(small: bool) -> Iterator[Comparison]:
 
     for length, bounds in zip(prompts, ((1.05, 0.6), (0.9, None)), strict=True):
         ids = torch.arange(length)[None] % 29 + 1
-        ways = (mine, ""), (kept["blocks"], ", its matrices kept as the file's 4-bit blocks")
-        for (model, how), at_most in zip(ways, bounds, strict=True):
+        ways = (mine, "", weights), (kept["blocks"], ", blocks kept", f"{weights} held in the file's blocks")
+        for (model, how, held), at_most in zip(ways, bounds, strict=True):
             yield Comparison(
                 f"SmolLM2 decoding after {length:,} tokens{how}",
-                f"{tokens} tokens, batch 1, float32, {weights}",
+                f"{tokens} tokens, batch 1, float32, {held}",
                 "transformers.LlamaForCausalLM",
                 decode(model, ids),
                 decode_theirs(ids),
