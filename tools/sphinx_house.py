@@ -35,6 +35,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("html-page-context", hint_at_launch)
     app.connect("html-page-context", append_citation)
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", open_front_door, priority=100)  # before sphinx_external_toc's own redirect
     return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -126,6 +127,20 @@ def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
         else:
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / part, target / part)
+
+
+def open_front_door(app: Sphinx, exception: Exception | None) -> None:
+    """Write index.html, which leads to the book's first page; it names the icon, or a browser asks for another."""
+    if exception or app.builder.format != "html":
+        return
+    first, icon = f"{app.config.root_doc}.html", f"_static/{Path(app.config.html_favicon).name}"
+    title = html.escape(app.config.html_title)
+    (Path(app.outdir) / "index.html").write_text(
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<link rel="icon" href="{icon}"><meta http-equiv="refresh" content="0; url={first}"></head>'
+        f'<body><a href="{first}">{title}</a></body></html>\n',
+        encoding="utf-8",
+    )
 
 
 def _digest(folder: Path) -> str:
