@@ -130,8 +130,6 @@ def beam_search(
         log_probs, kept = best.masked_fill(ends, float("-inf")).topk(k)  # (s, k)
         beam, token = beam.gather(1, kept), token.gather(1, kept)
         rows = beam + torch.arange(len(active), device=device)[:, None] * k
-        ids = torch.cat((ids.flatten(0, 1)[rows], token.unsqueeze(-1)), dim=-1)
-        cache.reorder(rows.flatten(), memory=False)
 
         bounds = (log_probs[:, 0] / length_penalty(max_length, alpha)).tolist()
         for sentence in active:
@@ -141,15 +139,15 @@ def beam_search(
             for row, sentence in enumerate(active)
             if not _is_settled(finished[sentence], bounds[row], k if return_all else 1)
         ]
-        if len(going) < len(active):
+        if shrinks := len(going) < len(active):
             active = [active[row] for row in going]
             if not active:
                 break
             index = torch.tensor(going, dtype=torch.long, device=device)
-            ids, log_probs = ids[index], log_probs[index]
-            flat_index = (index[:, None] * k + torch.arange(k, device=device)).flatten()
-            memory, memory_mask = memory[flat_index], memory_mask[flat_index]
-            cache.reorder(flat_index)
+            rows, token, log_probs = rows[index], token[index], log_probs[index]
+            memory, memory_mask = memory[rows.flatten()], memory_mask[rows.flatten()]
+        ids = torch.cat((ids.flatten(0, 1)[rows], token.unsqueeze(-1)), dim=-1)
+        cache.reorder(rows.flatten(), memory=shrinks)
 
     for row, sentence in enumerate(active):  # cut off at max_length
         for prefix, log_prob in zip(ids[row, :, 1:].tolist(), log_probs[row].tolist(), strict=True):

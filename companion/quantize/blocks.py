@@ -339,7 +339,7 @@ def _encode_q8_0(x, block):
     block["d"] = d = abs(x).max(1, keepdims=True) / np.float32(127)
     scaled = x * _inverse(d)
     whole = np.trunc(scaled)
-    block["q"] = whole + np.where(abs(scaled - whole) >= 0.5, np.sign(scaled), 0)  # halves away from zero
+    block["q"] = whole + np.trunc(2 * (scaled - whole))  # halves away from zero
 
 
 @_encodes("Q4_K")
@@ -375,43 +375,46 @@ def _six_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return d, np.rint(x * _inverse(d.astype(np.float32))).clip(0, 63).astype(np.uint8)
 
 
-def _mean_over(x: np.ndarray, importance: np.ndarray | None) -> Callable[[np.ndarray], np.ndarray]:
-    """The mean over the weights of a sub-block, each counted by its importance: (..., n) → (...)."""
+def _mean_over(x: np.ndarray, importance: np.ndarray | None) -> Callable[..., np.ndarray]:
+    """`mean(a, b, …)` of a product over a sub-block, each weight counted by its importance: (..., n) → (...)."""
     if importance is None:
-        return lambda values: values.mean(-1)
+        share = np.float32(1 / x.shape[-1])
+        return lambda *factors: share * np.einsum(",".join(["...i"] * len(factors)) + "->...", *factors)
     counts = importance.reshape(x.shape)
     total = counts.sum(-1, keepdims=True)
     shares = np.where(total > 0, counts * _inverse(total), np.float32(1 / x.shape[-1]))
-    return lambda values: (shares * values).sum(-1)
+    return lambda *factors: np.einsum(",".join(["...i"] * (len(factors) + 1)) + "->...", shares, *factors)
 
 
 def _search_affine(x: np.ndarray, highest: int, mean: Callable) -> tuple[np.ndarray, np.ndarray]:
     """Scale and minimum, both at least 0, of small squared error in x ≈ scale·q − minimum, q in 0 … highest.
 
     Each step cuts the span of x into a few more or fewer parts than `highest`, which fixes every q; scale and
-    minimum then follow by least squares, and the best of all steps is kept.
+    minimum then follow by least squares, and the best of all steps is kept. The line that fits best leaves
+    mean x² − explained, where explained = (mean x)² + cov²/var, and through the origin (mean qx)²/mean q².
 
     Shape: (..., n) → (...), (...).
     """
     low = np.minimum(x.min(-1), 0)
     best_scale, best_minimum = np.zeros_like(low), np.zeros_like(low)
-    best_error = np.full_like(low, np.inf)
-    per_part = _inverse(x.max(-1) - low)
-    mean_x = mean(x)
+    most = np.full_like(low, -np.inf)
+    above, per_part = x - low[..., None], _inverse(x.max(-1) - low)
+    mean_x, q = mean(x), np.empty_like(x)
     for parts in np.linspace(highest - 1, highest + 1, 21, dtype=np.float32):
-        q = np.rint((x - low[..., None]) * (per_part * parts)[..., None]).clip(0, highest)
-        qq, qx, mean_q = mean(q * q), mean(q * x), mean(q)
-        scale = (qx - mean_q * mean_x) * _inverse(qq - mean_q * mean_q)
+        np.multiply(above, (per_part * parts)[..., None], out=q)
+        np.minimum(np.rint(q, out=q), np.float32(highest), out=q)
+        qq, qx, mean_q = mean(q, q), mean(q, x), mean(q)
+        covariance = qx - mean_q * mean_x
+        scale = covariance * _inverse(qq - mean_q * mean_q)
         minimum = scale * mean_q - mean_x
         at_zero = minimum < 0  # the format has no positive offset: then a line through the origin
-        scale = np.where(at_zero, qx * _inverse(qq), scale).clip(0)
-        minimum = np.where(at_zero, np.float32(0), minimum)
-        error = mean(np.square(scale[..., None] * q - minimum[..., None] - x))
-        better = ~(error > best_error)  # also where it overflows: quantise refuses such scales
-        best_error = np.where(better, error, best_error)
-        best_scale = np.where(better, scale, best_scale)
-        best_minimum = np.where(better, minimum, best_minimum)
-    return best_scale, best_minimum
+        from_zero = qx * _inverse(qq)
+        explained = np.where(at_zero, from_zero * qx, mean_x * mean_x + scale * covariance)
+        better = ~(explained <= most)  # also where it overflows: quantise refuses such scales
+        most = np.where(better, explained, most)
+        best_scale = np.where(better, np.where(at_zero, from_zero, scale), best_scale)
+        best_minimum = np.where(better & at_zero, np.float32(0), np.where(better, minimum, best_minimum))
+    return best_scale.clip(0), best_minimum
 
 
 def _search_symmetric(x: np.ndarray, half: int, mean: Callable) -> np.ndarray:
@@ -420,11 +423,13 @@ def _search_symmetric(x: np.ndarray, half: int, mean: Callable) -> np.ndarray:
     Shape: (..., n) → (...).
     """
     largest = np.take_along_axis(x, abs(x).argmax(-1)[..., None], -1)
-    best_scale, best_error = np.zeros_like(x[..., 0]), np.full_like(x[..., 0], np.inf)
+    best_scale, most = np.zeros_like(x[..., 0]), np.full_like(x[..., 0], -np.inf)
+    per_part, q = -_inverse(largest), np.empty_like(x)
     for parts in np.linspace(half - 1, half + 1, 21, dtype=np.float32):
-        q = np.rint(x * (-parts * _inverse(largest))).clip(-half, half - 1)
-        scale = mean(q * x) * _inverse(mean(q * q))
-        error = mean(np.square(scale[..., None] * q - x))
-        better = ~(error > best_error)
-        best_error, best_scale = np.where(better, error, best_error), np.where(better, scale, best_scale)
+        np.multiply(x, per_part * parts, out=q)
+        np.clip(np.rint(q, out=q), -half, half - 1, out=q)
+        qx = mean(q, x)
+        scale = qx * _inverse(mean(q, q))
+        better = ~(scale * qx <= most)
+        most, best_scale = np.where(better, scale * qx, most), np.where(better, scale, best_scale)
     return best_scale
