@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from companion._checks import check_positive
@@ -84,7 +85,9 @@ def clean(english: str, french: str, verse: tuple[int, int, int]) -> tuple[str, 
         english = STANZA.sub("", english)
     if book in (PSALMS, HABAKKUK):
         english, french = ENGLISH_REST.sub("", english), FRENCH_REST.sub("", french)
-    return _tidy(APOSTROPHE.sub("'", english)), _tidy(VERSE_NUMBER.sub("", french))
+    if "`" in english:
+        english = APOSTROPHE.sub("'", english)
+    return _tidy(english), _tidy(VERSE_NUMBER.sub("", french))
 
 
 TIDY = [
@@ -95,11 +98,11 @@ TIDY = [
     (re.compile(r"([.!?])[,;:]+"), r"\1"),
     (re.compile(r" +([,.;:!?)])"), r"\1"),
 ]
-UNTIDY = re.compile(r'["`\[\]]|--|- | -|^-|-$|\.\.|[.!?][,;:]| [,.;:!?)]')  # one look spares most texts six
+UNTIDY = re.compile(r'["`\[\]]|-(?:[- ]|$)| [-,.;:!?)]|\.\.|[.!?][,;:]')  # one look spares most texts six
 
 
 def _tidy(text: str) -> str:
-    if UNTIDY.search(text):
+    if text.startswith("-") or UNTIDY.search(text):
         for pattern, replacement in TIDY:
             text = pattern.sub(replacement, text)
     return " ".join(text.split())
@@ -247,9 +250,8 @@ def _repeated(pairs: Iterable[Pair], candidates: set, side: str) -> Iterator[tup
             sizes.append(len(shingles))
             verses.append(pair.verse)
     for pair in pairs:
-        shared = Counter()
-        for shingle in _shingles(getattr(pair, side)):
-            shared.update(owners.get(shingle, ()))
+        known = owners.keys() & _shingles(getattr(pair, side))
+        shared = Counter(chain.from_iterable(map(owners.__getitem__, known)))
         for text, count in shared.items():
             if verses[text] != pair.verse and count >= TWIN * sizes[text]:
                 yield verses[text]
