@@ -4,7 +4,8 @@ A test marked `@pytest.mark.verifies("companion.norm.LayerNorm", against="torch.
 with `agree(mine, theirs, tolerance=1e-6, quantity="output")`. Each comparison is recorded; `make evidence`
 writes book/reference/_data/verified.json, one row for each mechanism, judge and quantity.
 
-Hypothesis draws 100 examples a test; with `--hypothesis-profile=thorough`, 100,000: name the tests to run so.
+Hypothesis draws 100 examples a test, the same in every run; with `--hypothesis-profile=random` others each
+time, with `--hypothesis-profile=thorough` 100,000: name the tests to run so.
 """
 
 import contextlib
@@ -27,7 +28,10 @@ _RECORDS: list[list] = []  # of [mechanism, against, quantity, error, tolerance]
 _MESSAGE = pytest.StashKey[str]()
 MARKS = pytest.StashKey[dict]()  # (mechanism, against) → the file of a test that carries this mark
 
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None)
 settings.register_profile("thorough", max_examples=100_000, deadline=None)
+settings.load_profile("steady")
 
 
 def pytest_addoption(parser):

@@ -148,6 +148,13 @@ def test_bert_is_transformers(judge, agree, tmp_path, variant, dtype):
             mine.pooler(hidden), expected.pooler_output, tolerance=TOLERANCE[dtype], quantity="pooled output"
         )
     torch.testing.assert_close(mine(ids, types, keep[:, None, None]), hidden, rtol=0, atol=0)
+    closeness = {"rtol": 0, "atol": TOLERANCE[dtype]}
+    pooled = mine.pooler(mine(ids, types, first_only=True))
+    torch.testing.assert_close(pooled, expected.pooler_output, **closeness)
+    square = keep[:, None, None].expand(-1, 1, ids.shape[1], -1)
+    for mask in (square, torch.ones(1, 1, dtype=torch.bool)):
+        alone = mine(ids, types, mask, first_only=True)
+        torch.testing.assert_close(alone, mine(ids, types, mask)[:, :1], **closeness)
     no_types = theirs(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     agree(
         mine(ids, mask=torch.ones(1, 1, dtype=torch.bool)),

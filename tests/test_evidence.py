@@ -78,6 +78,7 @@ EXCEPTIONS = {
     "companion.rag.evaluate.Estimate": "a record of a result",
     "companion.rag.evaluate.score_rankings": "a metric for each query, proven with the metrics",
     "companion.rag.graph.Triple": "a record of a fact",
+    "companion.rag.prompt.PromptMemory": "a cache; choose with it is held against choose without",
     "companion.rag.graph.Mention": "a record of a place",
     "companion.rag.graph.CommunitySummary": "a record of a result, proven with summarise_community",
     "companion.rag.load.Document": "a record of a text",

@@ -90,6 +90,19 @@ def test_adamw(agree, options, dtype):
     _check(agree, "AdamW", options, dtype)
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_pieces_of_a_large_tensor_make_the_whole(name, monkeypatch):
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    whole, ours, pieces, _ = _pair(name, options)
+    other = OURS[name](pieces.parameters(), **options)
+    pieces.last.weight.data = pieces.last.weight.data.T.contiguous().T  # stays in one piece
+    _run(ours, whole, 5)
+    monkeypatch.setattr("companion.train.optim.PIECE", 4)
+    monkeypatch.setattr("companion.train.optim.SMALL", 4)
+    _run(other, pieces, 5)
+    torch.testing.assert_close(_flat(whole), _flat(pieces), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name, options", CASES)
 def test_one_list_of_many_tensors_equals_one_tensor_at_a_time(name, options, monkeypatch):
     """The path of accelerators, run on the CPU: tensors of equal age are updated together."""

@@ -174,7 +174,7 @@ def chooser(monkeypatch):
     """Stands in for a model: notes what it may choose from, and takes the last."""
     offered = []
 
-    def choose(model, messages, options):
+    def choose(model, messages, options, memory=None):
         offered.append(list(options))
         return options[-1]
 

@@ -257,6 +257,7 @@ def test_mentions_lie_in_the_text_one_after_the_other(text, names):
 
 TEMPLATES = {"capital": "The capital of {subject} is {object}.", "border": "{subject} borders {object}."}
 PLACE = st.from_regex(r"[A-Z][a-z]{1,8}( [A-Z][a-z]{1,6})?", fullmatch=True)
+PLACE = PLACE.filter(lambda name: not {"is", "borders"} & set(name.lower().split()))  # "… of Aa Is is Aa."
 
 
 @pytest.mark.verifies("companion.rag.graph.extract_triples", against="write_triples, inverted")

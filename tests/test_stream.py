@@ -549,3 +549,43 @@ def test_records_cannot_be_changed():
     piece = next(generate_stream(MODEL, TOKENIZER, ["a"], max_new_tokens=1))
     with pytest.raises(dataclasses.FrozenInstanceError):
         piece.text = ""
+
+
+# --- A beginning that all prompts share ---------------------------------------------------------------------
+
+
+@pytest.mark.verifies(TEXT, against=ALONE)
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("rests", [PROMPTS, ([7, 31], [44, 9], [12, 260]), ([5],) * 9], ids=str)
+def test_a_shared_beginning_is_read_once(agree, monkeypatch, position, rests):
+    model, read = build(**LLAMA | {"position": position, "max_length": 40}), []
+    beginning = torch.randint(300, (17,)).tolist()
+    prompts = [beginning + rest for rest in rests]
+    expected = [alone(model, prompt, 5) for prompt in prompts]
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, *rest: read.append(ids.shape) or hidden(ids, *rest))
+    got = generate_text(model, TOKENIZER, prompts, max_new_tokens=5, greedy=True, log_probs=True)
+    equal_length = len({*map(len, rests)}) == 1
+    longest, once = max(map(len, prompts)), equal_length or position in ("learned", "sinusoidal", "rotary")
+    same = min(17, min(map(len, prompts)) - 1)
+    assert read[: 1 + once] == ([(1, same)] if once else []) + [(len(prompts), longest - same * once)]
+    for mine, (ids, log_probs) in zip(got, expected, strict=True):
+        agree(list(mine.ids), ids, tolerance=0, quantity="greedy tokens, prompts with a shared beginning")
+        agree(
+            torch.tensor(mine.log_probs, dtype=torch.float64),
+            torch.tensor(log_probs, dtype=torch.float64),
+            tolerance=1e-11,
+            quantity="log-probabilities, prompts with a shared beginning",
+        )
+
+
+def test_a_filter_sees_the_shared_beginning_and_no_padding():
+    model, seen = build(max_length=40), []
+
+    def spy(logits, ids):
+        seen.extend(ids.tolist())
+        return logits
+
+    prompts = [[9] * 20 + rest for rest in PROMPTS]
+    generate_text(model, TOKENIZER, prompts, max_new_tokens=1, greedy=True, filters=[spy])
+    assert seen[1:] == prompts  # the first call is the check

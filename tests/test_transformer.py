@@ -107,6 +107,9 @@ def test_encoder_layer(agree, dtype, norm_first, activation, batch, n, causal):
         tolerance=50 * TOLERANCE[dtype],
         quantity=f"gradients, {dtype}",
     )
+    if not causal:
+        alone = mine.first(x, keep[:, None, None])
+        torch.testing.assert_close(alone, outputs[1][:, :1], rtol=0, atol=5 * TOLERANCE[dtype])
     with torch.no_grad():  # in evaluation PyTorch runs another, fused implementation
         fused = theirs.eval()(x, later, ~keep)
         agree(

@@ -130,7 +130,7 @@ def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
 
 
 def open_front_door(app: Sphinx, exception: Exception | None) -> None:
-    """Write index.html, which leads to the book's first page; it names the icon, or a browser asks for another."""
+    """Write index.html, which leads to the first page; it names the icon, or a browser asks for another."""
     if exception or app.builder.format != "html":
         return
     first, icon = f"{app.config.root_doc}.html", f"_static/{Path(app.config.html_favicon).name}"

@@ -95,7 +95,7 @@ def load_gospels(language: str = "en", queries: str | None = None) -> RetrievalT
     check_choice("language", language, LANGUAGES)
     queries = language if queries is None else queries
     check_choice("queries", queries, LANGUAGES)
-    verses = {verse: texts for verse, texts in read_verses().items() if verse[0] in GOSPELS}
+    verses = read_verses(range(min(GOSPELS), max(GOSPELS) + 1))
     relevance: dict[str, dict[str, int]] = {}
     for verse, other in _references():
         if verse != other and verse in verses and other in verses:

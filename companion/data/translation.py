@@ -26,6 +26,7 @@ from pathlib import Path
 from companion._checks import check_positive
 from companion.data.assets import asset_path
 
+BOOKS = range(1, 67)
 PSALMS, HABAKKUK = 19, 35
 HELD_OUT = 1 / 16  # share of the verses drawn for validation, and again for test
 SHINGLE = 4  # words
@@ -169,15 +170,18 @@ def _fits(pair: Pair, max_words: int) -> bool:
 
 
 @cache
-def read_verses() -> dict[tuple[int, int, int], tuple[str, str]]:
+def read_verses(books: range = BOOKS) -> dict[tuple[int, int, int], tuple[str, str]]:
     """Every verse, cleaned: (book 1 … 66, chapter, verse) → its English and its French, in the text's order.
+
+    Args:
+        books: those to read; a part of them is read in a part of the time.
 
     Raises as `load_pairs` does.
     """
-    return _verses(asset_path("bible"))
+    return _verses(asset_path("bible"), books)
 
 
-def _verses(path: Path) -> dict[tuple[int, int, int], tuple[str, str]]:
+def _verses(path: Path, books: range = BOOKS) -> dict[tuple[int, int, int], tuple[str, str]]:
     try:
         address = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
         with closing(sqlite3.connect(address, uri=True)) as database:
@@ -190,7 +194,7 @@ def _verses(path: Path) -> dict[tuple[int, int, int], tuple[str, str]]:
         verse: clean(english, french, verse)
         for *number, english, french in rows
         for verse in [tuple(number)]
-        if verse not in MISNUMBERED
+        if verse[0] in books and verse not in MISNUMBERED
     }
 
 
@@ -231,7 +235,7 @@ def normalise(text: str) -> tuple[str, ...]:
 def _shingles(text: str) -> set[tuple[str, ...]]:
     """The word 4-grams of a text, or all of it if it is shorter."""
     words = normalise(text)
-    return {words[i : i + SHINGLE] for i in range(max(1, len(words) - SHINGLE + 1))}
+    return set(zip(*(words[i:] for i in range(SHINGLE)), strict=False)) or {words}
 
 
 def _twins(pairs: Iterable[Pair], candidates: set[tuple[int, int, int]]) -> set[tuple[int, int, int]]:

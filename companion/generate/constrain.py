@@ -37,9 +37,10 @@ class OneOf:
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """(b, V), ids (b, n) → logits with −∞ where the option would be left."""
         rows = ids[:, self.prompt_length :].tolist()
-        return _only(logits, [self._allowed(row) for row in rows])
+        return _only(logits, [self.allowed(row) for row in rows])
 
-    def _allowed(self, said: list[int]) -> Iterable[int]:
+    def allowed(self, said: Sequence[int]) -> Iterable[int]:
+        """The ids that may come after the answer so far."""
         node = self._trie
         for token in said:
             if token not in node:
@@ -96,7 +97,7 @@ class Copying:
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """(b, V), ids (b, n) → logits with −∞ where the quotation would be left."""
         rows = ids[:, self.prompt_length :].tolist()
-        return _only(logits, [self._allowed(row) for row in rows])
+        return _only(logits, [self.allowed(row) for row in rows])
 
     def places(self, said: Sequence[int]) -> list[tuple[int, int]]:
         """Where the sources say this: (place of its first token, of its last), in all sources in a row."""
@@ -104,7 +105,8 @@ class Copying:
         said = list(said)
         return [(p, p + size - 1) for p in self._starts if tokens[p : p + size] == said] if said else []
 
-    def _allowed(self, said: list[int]) -> set[int]:
+    def allowed(self, said: Sequence[int]) -> set[int]:
+        """The ids that may come after the answer so far."""
         if not said:
             return {self._tokens[place] for place in self._starts}
         found = self.places(said)

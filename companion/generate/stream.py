@@ -3,8 +3,9 @@
 Prefill reads all prompts in one pass and needs logits at their last position only; decoding then reads one
 token a step and finds the past in the cache. Prompts of unequal length are padded on the left, so that all
 of them end, and go on, in the same column. A mask hides the padding, and positions count from each prompt's
-own first token: a text comes out the same, up to rounding, whatever texts stand beside it. A text that has
-ended leaves the batch.
+own first token: a text comes out the same, up to rounding, whatever texts stand beside it. A beginning that
+all prompts share, such as a system message, is read once for all of them. A text that has ended leaves the
+batch.
 
 Two things keep a piece of text back. A character of several bytes may be spread over tokens
 (`StreamDecoder`), and what looks like the beginning of a stop string may become one (`StopStrings`).
@@ -25,6 +26,8 @@ from companion.generate.sampling import Filter, _check_causal, _check_drawing, _
 from companion.models.language_model import LanguageModel
 
 CAPACITY = 1024  # new tokens for which the cache makes room at once; beyond them its buffers double
+EXPLICIT = ("learned", "sinusoidal", "rotary")  # positions that a prompt can be given beside padding
+SHARED = 32  # tokens that a beginning read once must spare, or the pass of its own does not pay
 CONTEXT = 16  # tokens of the prompt that a decoder reads to know how the text goes on
 
 
@@ -259,13 +262,17 @@ def _decode(
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     cache = model.new_cache(longest + min(max_new_tokens, CAPACITY)) if use_cache else None
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
-    read = 0
+    read = shared = _shared(model, prompts) if use_cache else 0
+    if shared:  # its keys take the first columns, where only the longest prompt's own ids stand
+        model.hidden(torch.tensor([prompts[0][:shared]], device=device), None, cache)
+        cache.reorder(torch.zeros(len(prompts), dtype=torch.long, device=device))
     for step in range(1, max_new_tokens + 1):
         mask = positions = None
         if padding.any():
-            places = torch.arange(ids.shape[1], device=device) - padding[:, None]  # (b, n)
-            mask = (places >= 0)[:, None, None]
-            if model.config.position in ("learned", "sinusoidal", "rotary"):
+            columns = torch.arange(ids.shape[1], device=device)
+            places = columns - padding[:, None]  # (b, n)
+            mask = ((places >= shared) | (columns < shared))[:, None, None]
+            if model.config.position in EXPLICIT:
                 positions = places[:, read:].clamp(min=0)
         hidden = model.hidden(ids[:, read:], mask, cache, positions)
         logits = model.logits(hidden[:, -1])
@@ -289,6 +296,23 @@ def _decode(
             rows, ids, padding = [rows[i] for i in going], ids[index], padding[index]
             if cache is not None:
                 cache.reorder(index)
+
+
+def _shared(model: LanguageModel, prompts: list[list[int]]) -> int:
+    """How many ids at the beginning of all prompts are read once; 0 where that would spare little.
+
+    Padding then stands between that beginning and the rest, so that positions must be given one by one.
+    Dynamic rotary scaling turns what is read by how much of it there is.
+    """
+    config, shortest = model.config, min(map(len, prompts))
+    scaling = config.rope_scaling
+    if shortest < max(map(len, prompts)) and config.position not in EXPLICIT:
+        return 0
+    if scaling is not None and scaling.kind == "dynamic":
+        return 0
+    same = next((i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1), shortest)
+    same = min(same, shortest - 1)  # the last id is read by its own row: its logits are needed
+    return same if same * (len(prompts) - 1) >= SHARED else 0
 
 
 def _choose(logits: Tensor, ids: Tensor, padding: Tensor, *, filters, greedy, generator) -> Tensor:

@@ -174,7 +174,14 @@ class Bert(nn.Module):
         self.pooler = Pooler(config.d_model) if pooler else None
         self.apply(_initialise)
 
-    def forward(self, ids: Tensor, token_types: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        token_types: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        first_only: bool = False,
+    ) -> Tensor:
         """The vectors of all tokens, before the pooler.
 
         Args:
@@ -183,6 +190,7 @@ class Bert(nn.Module):
             mask: bool, broadcastable to (batch, num_heads, n, n), True where a token may attend; where it is
                 None, every id but pad_id is attended to. transformers has no such default: there a missing
                 attention_mask lets padding be attended to.
+            first_only: give the vector of [CLS] alone, (batch, 1, d_model): the last layer computes no other.
         """
         self.embeddings.check(ids, token_types)
         if mask is None:
@@ -190,9 +198,12 @@ class Bert(nn.Module):
         else:
             check_mask("mask", mask, (ids.shape[0], self.config.num_heads, ids.shape[1], ids.shape[1]))
         x = self.embeddings(ids, token_types)
-        for layer in self.layers:
+        *before, last = self.layers
+        for layer in before:
             x = layer(x, mask)
-        return x
+        if not first_only:
+            return last(x, mask)
+        return last.first(x, mask[..., :1, :] if mask.dim() > 1 else mask)
 
 
 class MaskedLMHead(nn.Module):

@@ -376,7 +376,7 @@ def _six_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mean_over(x: np.ndarray, importance: np.ndarray | None) -> Callable[..., np.ndarray]:
-    """`mean(a, b, …)` of a product over a sub-block, each weight counted by its importance: (..., n) → (...)."""
+    """`mean(a, b, …)` of a product over a sub-block, weighted by importance: (..., n) → (...)."""
     if importance is None:
         share = np.float32(1 / x.shape[-1])
         return lambda *factors: share * np.einsum(",".join(["...i"] * len(factors)) + "->...", *factors)

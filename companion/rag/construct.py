@@ -17,7 +17,7 @@ from pathlib import Path
 
 from companion._checks import check_choice, check_positive
 from companion.chat import ChatModel, LocalChatModel, Message
-from companion.rag.prompt import choose
+from companion.rag.prompt import PromptMemory, choose
 
 OPERATORS = {"=": "=", "!=": "<>", "<": "<", "<=": "<=", ">": ">", ">=": ">=", "contains": "LIKE"}
 AGGREGATES = {"count": "count", "sum": "total", "mean": "avg", "smallest": "min", "largest": "max"}
@@ -280,6 +280,8 @@ def fill_query(
     schema: Schema,
     values: Mapping[str, Sequence[str]],
     examples: Sequence[tuple[str, str, str, str]] = (),
+    *,
+    memory: PromptMemory | None = None,
 ) -> TableQuery:
     """A query with one equality, slot by slot: a small model only chooses, and cannot write anything else.
 
@@ -289,6 +291,7 @@ def fill_query(
     Args:
         values: column → the values that stand in it, of the columns that may be compared.
         examples: (question, asked column, compared column, value), shown as earlier turns.
+        memory: spares the reading of tasks and examples where many questions are asked.
     """
     columns = list(schema.tables.get(table, ()))
     if not set(values) <= set(columns) or not values:
@@ -298,7 +301,8 @@ def fill_query(
         shown = [m for e in examples for m in (Message("user", e[0]), Message("assistant", e[slot]))]
         if len(options) == 1:
             return options[0]
-        return choose(model, [Message("system", task), *shown, Message("user", question)], options)
+        messages = [Message("system", task), *shown, Message("user", question)]
+        return choose(model, messages, options, memory=memory)
 
     asked = ask(1, f"Which of {', '.join(columns)} does the question ask for?", columns)
     named = {

@@ -7,6 +7,7 @@ negatives; "hard" ones, which a weaker retriever took for the answer, teach more
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -186,18 +187,22 @@ def train_encoder(
             raise ValueError(f"hard_negatives must have {len(pairs)} rows, one a pair, got {len(negatives)}")
     if exempt is not None:
         _check_rows("exempt", exempt, 2, sizes)
-    answers = pairs if exempt is None else torch.cat([pairs, exempt])
-    answers = set(map(tuple, answers.tolist()))
+    answers = torch.cat([rows.long().cpu() for rows in (pairs, exempt) if rows is not None])
+    answers = (answers[:, 0] * len(passages) + answers[:, 1]).unique()  # a number for each, ascending
     batch_size = min(batch_size, len(pairs))
     per_epoch = len(pairs) // batch_size
 
+    @lru_cache(maxsize=1)
+    def order_of(epoch: int) -> Tensor:
+        return torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
     def batch(step: int):
         epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        chosen = order[place * batch_size : (place + 1) * batch_size]
+        chosen = order_of(epoch)[place * batch_size : (place + 1) * batch_size]
         asked, found = pairs[chosen].T
         found = torch.cat([found, negatives[chosen].flatten()])  # (b + b·h,)
-        ignore = torch.tensor([[(q, p) in answers for p in found.tolist()] for q in asked.tolist()])
+        both = asked.long().cpu()[:, None] * len(passages) + found.long().cpu()
+        ignore = answers[torch.searchsorted(answers, both).clamp(max=len(answers) - 1)] == both
         ignore.fill_diagonal_(False)
         return _rows(queries, asked, encoder), _rows(passages, found, encoder), ignore
 

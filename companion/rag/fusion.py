@@ -55,9 +55,7 @@ def weighted_fusion(
             all equal become 0.
     """
     check_choice("normalise", normalise, ("minmax", "zscore", "none"))
-    total: dict[Hashable, float] = dict.fromkeys(document for system in scores for document in system)
-    for document in total:
-        total[document] = 0.0
+    total: dict[Hashable, float] = dict.fromkeys((document for system in scores for document in system), 0.0)
     for i, (system, weight) in enumerate(zip(scores, _weights(weights, len(scores)), strict=True)):
         values = np.fromiter(system.values(), float, len(system))
         if not np.isfinite(values).all():
@@ -65,10 +63,10 @@ def weighted_fusion(
         if not len(values):
             continue
         shift, scale = _scale(values, normalise)
-        lowest = (values.min() - shift) / scale
-        for document in total:
-            value = (system[document] - shift) / scale if document in system else lowest
-            total[document] += weight * value
+        weighted = weight * ((values - shift) / scale)
+        lowest = float(weight * ((values.min() - shift) / scale))
+        share = dict(zip(system, weighted.tolist(), strict=True)).get
+        total = {document: value + share(document, lowest) for document, value in total.items()}
     return _sorted(total)
 
 

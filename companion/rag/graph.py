@@ -309,7 +309,8 @@ def extract_triples(sentences: Iterable[str], templates: Mapping[str, str | Sequ
         templates: relation → one or several sentences with {subject} and {object}. White space and case make
             no difference, and a full stop at the end may be missing.
 
-    What is said in another form is missed; what has the form and not the meaning is taken.
+    What is said in another form is missed; what has the form and not the meaning is taken. A name that holds
+    a word of its template is cut at the first place that fits.
     """
     forms = [
         (relation, _form(relation, template))

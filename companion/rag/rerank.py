@@ -112,7 +112,7 @@ class CrossEncoder(nn.Module):
 
     def forward(self, ids: Tensor, token_types: Tensor, mask: Tensor | None = None) -> Tensor:
         """The score of each row: ids and token_types (batch, n) → (batch,). The mask is that of `Bert`."""
-        hidden = self.bert(ids, token_types, mask)
+        hidden = self.bert(ids, token_types, mask, first_only=True)
         return self.head(self.dropout(self.bert.pooler(hidden))).squeeze(-1)
 
     @torch.no_grad()

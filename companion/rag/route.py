@@ -13,7 +13,7 @@ import numpy as np
 
 from companion._checks import check_number, check_positive
 from companion.chat import LocalChatModel, Message
-from companion.rag.prompt import choose
+from companion.rag.prompt import PromptMemory, choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,7 @@ class ModelRouter:
         if unknown := [name for _, name in examples if name not in routes]:
             raise ValueError(f"examples must name routes, got {unknown[0]!r}")
         self.model, self.routes, self.examples = model, dict(routes), tuple(examples)
+        self._memory = PromptMemory(1)  # of the instructions, which every question shares
 
     def __call__(self, question: str) -> Route:
         """The route that the model chooses; the confidence is 1, for it gives none."""
@@ -136,7 +137,8 @@ class ModelRouter:
         kinds = "\n".join(f"{name}: {purpose}" for name, purpose in self.routes.items())
         shown = [m for ask, name in self.examples for m in (Message("user", ask), Message("assistant", name))]
         system = Message("system", f"Name the kind of the user's question. The kinds:\n{kinds}")
-        return Route(choose(self.model, [system, *shown, Message("user", question)], list(self.routes)), 1.0)
+        messages = [system, *shown, Message("user", question)]
+        return Route(choose(self.model, messages, list(self.routes), memory=self._memory), 1.0)
 
 
 def _check_lists(name: str, lists: Mapping[str, Sequence[str]]) -> None:

@@ -3,7 +3,8 @@
 Each is a `torch.optim.Optimizer`, so schedulers, parameter groups and state dictionaries work as usual, and
 the state has torch.optim's names: a run begun with one may be continued with the other. An update is a few
 operations on lists of tensors (`torch._foreach_…`): on an accelerator one list holds all parameters, so
-that the number of kernels does not grow with the model; on a CPU a list holds one tensor, which stays in
+that the number of kernels does not grow with the model; on a CPU one list holds all small tensors, whose
+calls cost more than their arithmetic, and a large tensor has its own, for Adam in pieces, to stay in
 the cache from the first operation to the last.
 """
 
@@ -14,6 +15,18 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+
+SMALL, PIECE = 4096, 2**17  # elements
+
+
+def _pieces(*lists: list[Tensor]) -> list[tuple[list[Tensor], ...]]:
+    """The lists; or, where each holds one large CPU tensor, lists of its pieces, one after the other."""
+    tensors = [tensor for tensor, *_ in lists]
+    large = tensors[0].device.type == "cpu" and tensors[0].numel() > PIECE
+    if not large or not all(tensor.is_contiguous() for tensor in tensors):
+        return [lists]
+    split = (tensor.view(-1).split(PIECE) for tensor in tensors)
+    return [tuple([piece] for piece in pieces) for pieces in zip(*split, strict=True)]
 
 
 class _Optimizer(torch.optim.Optimizer):
@@ -48,7 +61,7 @@ class _Optimizer(torch.optim.Optimizer):
         for p in params:
             if p.grad is None:
                 continue
-            if p.device.type == "cpu":
+            if p.device.type == "cpu" and p.numel() > SMALL:
                 yield [p]
             else:  # the number of updates differs where a parameter has not had a gradient at every step
                 state = self.state.get(p, {})
@@ -125,13 +138,14 @@ class Adam(_Optimizer):
         means = [state["exp_avg"] for state in states]
         squares = [state["exp_avg_sq"] for state in states]
 
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(params, means, denominators, -group["lr"] / (1 - beta1**step))
+        for p, g, mean, square in _pieces(params, grads, means, squares):
+            torch._foreach_lerp_(mean, g, 1 - beta1)
+            torch._foreach_mul_(square, beta2)
+            torch._foreach_addcmul_(square, g, g, 1 - beta2)
+            denominators = torch._foreach_sqrt(square)
+            torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
+            torch._foreach_add_(denominators, group["eps"])
+            torch._foreach_addcdiv_(p, mean, denominators, -group["lr"] / (1 - beta1**step))
 
     def _decay(self, params, grads, group):
         """The gradients with the penalty's λ·θ added."""

@@ -3,7 +3,9 @@
 import numpy as np
 
 from companion._checks import check_positive
-from companion.rag.index._base import BLOCK, VectorIndex, best, check_shape
+from companion.rag.index._base import VectorIndex, best, check_shape
+
+CACHED = 2**17  # scores of vectors and centres held at a time: they stay in the cache
 
 
 def kmeans(vectors: np.ndarray, clusters: int, *, iterations: int = 20, seed: int = 0) -> np.ndarray:
@@ -45,11 +47,13 @@ def nearest(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.nd
     """The Euclidean-nearest centre of each vector and its score v · c − ½‖c‖²: (n,) and (n,)."""
     bias = np.square(centres).sum(1) / 2
     assigned, scores = np.empty(len(vectors), np.int64), np.empty(len(vectors), np.float32)
-    block = max(1, BLOCK // len(centres))
+    block = max(1, CACHED // len(centres))
     for start in range(0, len(vectors), block):
-        part = vectors[start : start + block] @ centres.T - bias
-        assigned[start : start + block] = part.argmax(1)
-        scores[start : start + block] = part.max(1)
+        part = vectors[start : start + block] @ centres.T
+        part -= bias
+        best_here = part.argmax(1)
+        assigned[start : start + block] = best_here
+        scores[start : start + block] = part[np.arange(len(part)), best_here]
     return assigned, scores
 
 
