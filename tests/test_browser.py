@@ -206,7 +206,7 @@ def test_the_address_of_the_site_leads_to_the_front_door(address, visit):
     _, wrong = visit(address, lands=f"{address}book/index.html")
     assert not wrong, _list("index.html", wrong)
     # Without an icon of its own a browser asks for /favicon.ico, once, and only sometimes in time to be seen.
-    assert '<link rel="icon"' in (SITE / "index.html").read_text(encoding="utf-8")
+    assert '<link rel="icon" href="data:' in (SITE / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("place", ["http", "file"])

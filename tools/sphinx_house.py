@@ -130,14 +130,13 @@ def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
 
 
 def open_front_door(app: Sphinx, exception: Exception | None) -> None:
-    """Write index.html, which leads to the first page; it names the icon, or a browser asks for another."""
+    """Write index.html, which leads to the first page; its icon is empty, or a browser would look for one."""
     if exception or app.builder.format != "html":
         return
-    first, icon = f"{app.config.root_doc}.html", f"_static/{Path(app.config.html_favicon).name}"
-    title = html.escape(app.config.html_title)
+    first, title = f"{app.config.root_doc}.html", html.escape(app.config.html_title)
     (Path(app.outdir) / "index.html").write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<link rel="icon" href="{icon}"><meta http-equiv="refresh" content="0; url={first}"></head>'
+        f'<link rel="icon" href="data:,"><meta http-equiv="refresh" content="0; url={first}"></head>'
         f'<body><a href="{first}">{title}</a></body></html>\n',
         encoding="utf-8",
     )
