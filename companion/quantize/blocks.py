@@ -390,31 +390,33 @@ def _search_affine(x: np.ndarray, highest: int, mean: Callable) -> tuple[np.ndar
     """Scale and minimum, both at least 0, of small squared error in x ≈ scale·q − minimum, q in 0 … highest.
 
     Each step cuts the span of x into a few more or fewer parts than `highest`, which fixes every q; scale and
-    minimum then follow by least squares, and the best of all steps is kept. The line that fits best leaves
-    mean x² − explained, where explained = (mean x)² + cov²/var, and through the origin (mean qx)²/mean q².
+    minimum then follow by least squares, and the best of all steps is kept.
 
     Shape: (..., n) → (...), (...).
     """
     low = np.minimum(x.min(-1), 0)
     best_scale, best_minimum = np.zeros_like(low), np.zeros_like(low)
-    most = np.full_like(low, -np.inf)
-    above, per_part = x - low[..., None], _inverse(x.max(-1) - low)
-    mean_x, q = mean(x), np.empty_like(x)
+    best_error = np.full_like(low, np.inf)
+    above, per_part, mean_x = x - low[..., None], _inverse(x.max(-1) - low), mean(x)
+    q, rest = np.empty_like(x), np.empty_like(x)
     for parts in np.linspace(highest - 1, highest + 1, 21, dtype=np.float32):
         np.multiply(above, (per_part * parts)[..., None], out=q)
         np.minimum(np.rint(q, out=q), np.float32(highest), out=q)
         qq, qx, mean_q = mean(q, q), mean(q, x), mean(q)
-        covariance = qx - mean_q * mean_x
-        scale = covariance * _inverse(qq - mean_q * mean_q)
+        scale = (qx - mean_q * mean_x) * _inverse(qq - mean_q * mean_q)
         minimum = scale * mean_q - mean_x
         at_zero = minimum < 0  # the format has no positive offset: then a line through the origin
-        from_zero = qx * _inverse(qq)
-        explained = np.where(at_zero, from_zero * qx, mean_x * mean_x + scale * covariance)
-        better = ~(explained <= most)  # also where it overflows: quantise refuses such scales
-        most = np.where(better, explained, most)
-        best_scale = np.where(better, np.where(at_zero, from_zero, scale), best_scale)
-        best_minimum = np.where(better & at_zero, np.float32(0), np.where(better, minimum, best_minimum))
-    return best_scale.clip(0), best_minimum
+        scale = np.where(at_zero, qx * _inverse(qq), scale).clip(0)
+        minimum = np.where(at_zero, np.float32(0), minimum)
+        np.multiply(q, scale[..., None], out=rest)
+        rest -= minimum[..., None]
+        rest -= x
+        error = mean(rest, rest)
+        better = ~(error > best_error)  # also where it overflows: quantise refuses such scales
+        best_error = np.where(better, error, best_error)
+        best_scale = np.where(better, scale, best_scale)
+        best_minimum = np.where(better, minimum, best_minimum)
+    return best_scale, best_minimum
 
 
 def _search_symmetric(x: np.ndarray, half: int, mean: Callable) -> np.ndarray:
@@ -423,13 +425,15 @@ def _search_symmetric(x: np.ndarray, half: int, mean: Callable) -> np.ndarray:
     Shape: (..., n) → (...).
     """
     largest = np.take_along_axis(x, abs(x).argmax(-1)[..., None], -1)
-    best_scale, most = np.zeros_like(x[..., 0]), np.full_like(x[..., 0], -np.inf)
-    per_part, q = -_inverse(largest), np.empty_like(x)
+    best_scale, best_error = np.zeros_like(x[..., 0]), np.full_like(x[..., 0], np.inf)
+    per_part, q, rest = -_inverse(largest), np.empty_like(x), np.empty_like(x)
     for parts in np.linspace(half - 1, half + 1, 21, dtype=np.float32):
         np.multiply(x, per_part * parts, out=q)
         np.clip(np.rint(q, out=q), -half, half - 1, out=q)
-        qx = mean(q, x)
-        scale = qx * _inverse(mean(q, q))
-        better = ~(scale * qx <= most)
-        most, best_scale = np.where(better, scale * qx, most), np.where(better, scale, best_scale)
+        scale = mean(q, x) * _inverse(mean(q, q))
+        np.multiply(q, scale[..., None], out=rest)
+        rest -= x
+        error = mean(rest, rest)
+        better = ~(error > best_error)
+        best_error, best_scale = np.where(better, error, best_error), np.where(better, scale, best_scale)
     return best_scale
