@@ -1,6 +1,7 @@
 """companion.rag.prompt: what goes into a prompt, and what may come out."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from companion.chat import LocalChatModel, Message
+from companion.models.language_model import LanguageModel
+from companion.position import RopeScaling
 from companion.rag.prompt import (
     REFUSAL,
     PromptMemory,
@@ -194,6 +197,19 @@ def test_a_memory_spares_reading_and_changes_no_choice(babbler, monkeypatch):
     assert choose(other, asked[1], options, memory=memory) == choose(other, asked[1], options)
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         PromptMemory(0)
+
+
+def test_a_memory_keeps_no_angles_that_follow_from_the_length(babbler):
+    scaling = RopeScaling("dynamic", 2.0, 16)
+    network = LanguageModel(replace(babbler.model.config, rope_scaling=scaling)).eval()
+    model, memory = LocalChatModel(network, babbler.tokenizer), PromptMemory()
+    read, hidden = [], network.hidden
+    network.hidden = lambda ids, *rest: read.append(ids.shape[1]) or hidden(ids, *rest)
+    messages = [Message("user", "Yes or no? " * 8)]
+    for _ in range(2):
+        read.clear()
+        choose(model, messages, ["yes", "no"], memory=memory)
+        assert read[0] == len(model.template.encode(messages)) > 16
 
 
 SENTENCES = {

@@ -73,6 +73,18 @@ def forced(tokens, start):
 # --- The same text, alone or among others, with a cache or without ------------------------------------------
 
 
+def _agree_on(agree, got, wanted, tokens, scores):
+    """Hold completions against pairs of ids and log-probabilities."""
+    for mine, (ids, log_probs) in zip(got, wanted, strict=True):
+        agree(list(mine.ids), ids, tolerance=0, quantity=f"greedy tokens, {tokens}")
+        agree(
+            torch.tensor(mine.log_probs, dtype=torch.float64),
+            torch.tensor(log_probs, dtype=torch.float64),
+            tolerance=1e-11,
+            quantity=f"log-probabilities, {scores}",
+        )
+
+
 @pytest.mark.verifies(STREAM, against=ALONE)
 @pytest.mark.verifies(TEXT, against=ALONE)
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -86,14 +98,8 @@ def test_batched_is_single(agree, position, variant, use_cache):
     options = {"max_new_tokens": steps, "stop_ids": tuple(stop_ids), "greedy": True, "log_probs": True}
     for prompts, wanted in ((PROMPTS, expected), (PROMPTS[2:3], expected[2:3])):
         got = generate_text(model, TOKENIZER, prompts, use_cache=use_cache, **options)
-        for mine, (ids, log_probs) in zip(got, wanted, strict=True):
-            agree(list(mine.ids), ids, tolerance=0, quantity="greedy tokens, prompts of unequal length")
-            agree(
-                torch.tensor(mine.log_probs, dtype=torch.float64),
-                torch.tensor(log_probs, dtype=torch.float64),
-                tolerance=1e-11,
-                quantity=f"log-probabilities, {position} positions",
-            )
+        _agree_on(agree, got, wanted, "prompts of unequal length", f"{position} positions")
+        for mine, (ids, _) in zip(got, wanted, strict=True):
             assert mine.finish == ("stop" if ids[-1] in stop_ids else "length")
 
 
@@ -569,14 +575,7 @@ def test_a_shared_beginning_is_read_once(agree, monkeypatch, position, rests):
     longest, once = max(map(len, prompts)), equal_length or position in ("learned", "sinusoidal", "rotary")
     same = min(17, min(map(len, prompts)) - 1)
     assert read[: 1 + once] == ([(1, same)] if once else []) + [(len(prompts), longest - same * once)]
-    for mine, (ids, log_probs) in zip(got, expected, strict=True):
-        agree(list(mine.ids), ids, tolerance=0, quantity="greedy tokens, prompts with a shared beginning")
-        agree(
-            torch.tensor(mine.log_probs, dtype=torch.float64),
-            torch.tensor(log_probs, dtype=torch.float64),
-            tolerance=1e-11,
-            quantity="log-probabilities, prompts with a shared beginning",
-        )
+    _agree_on(agree, got, expected, *["prompts with a shared beginning"] * 2)
 
 
 def test_a_filter_sees_the_shared_beginning_and_no_padding():

@@ -157,8 +157,9 @@ class EncoderLayer(_Layer):
     def first(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """What `forward` gives at the first position, computed for no other: → (batch, 1, d_model).
 
-        The others are attended to, as keys and values. For the last layer before a [CLS] pooler: six times
-        less work there. The mask is broadcastable to (batch, num_heads, 1, n).
+        The others are attended to, as keys and values: a sixth of the layer's products where d_ff is
+        4 · d_model. For the last layer before a [CLS] pooler. The mask is broadcastable to
+        (batch, num_heads, 1, n).
         """
         check_features("x", x, self.d_model, dims=3)
         context = self.attention_norm(x) if self.norm_first else x

@@ -165,10 +165,11 @@ def is_refusal(answer: str) -> bool:
 
 
 class PromptMemory:
-    """The keys and values of the last prompts: the next one is read from where it differs from one of them.
+    """Prefix caching: keys and values of the last prompts; the next is read from where it differs from one.
 
-    For many questions behind the same instructions and examples. A prompt takes over a kept one of which it
-    shares at least half of its own tokens.
+    For many questions behind the same instructions and examples. A prompt takes over a kept one with which it
+    shares at least half of its own tokens; with dynamic rotary scaling none, for the angles of what was read
+    follow from how much of it there was.
 
     Args:
         size: how many prompts are kept; the one not used for longest is dropped.
@@ -182,8 +183,8 @@ class PromptMemory:
     def _recall(self, network: LanguageModel, prompt: list[int]) -> tuple[LanguageModelCache, int]:
         """A cache, and how many of the prompt's ids it holds, the last never among them."""
         shared = [_common(ids, prompt) if owner is network else 0 for owner, ids, _ in self._kept]
-        most = max(shared, default=0)
-        if 2 * most < len(prompt):
+        most, scaling = max(shared, default=0), network.config.rope_scaling
+        if 2 * most < len(prompt) or (scaling is not None and scaling.kind == "dynamic"):
             return network.new_cache(), 0
         cache, length = self._kept.pop(shared.index(most))[2], min(most, len(prompt) - 1)
         cache.truncate(length)
